@@ -1,0 +1,308 @@
+"""Networks, and the only code that knows Flax.
+
+  model = build('resnet18', num_classes=10, width=64)
+  variables = model.init(key, image_shape=(32, 32, 3), parts=('encoder', 'head'))
+  logits = model.predict(variables, images)            # running BN statistics
+  logits, moments = model.train(variables, images)     # BN statistics of the batch
+  statistics = update_statistics(variables['batch_stats'], [moments])
+  frozen = model.prepare(variables)                    # what an attack sees
+  logits = frozen(images)
+
+Variables are a plain dict {'params': {part: ...}, 'batch_stats': {...}}. The
+parts are `encoder`, `projector` (RoCL's, 512-2048-128) and `head` (the linear
+classifier); an output is `features` [N, D], `projection` [N, 128] or `logits`
+[N, num_classes]. Images are [N, H, W, C] in [0, 1]; nothing normalises them.
+Any image size will do: the encoder ends in a global mean. See the paper's
+section 3 and, for every detail, `models/resnet_cifar.py` of HYDRA's code.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rocl_jax import convolution
+
+Params = dict[str, Any]
+Variables = dict[str, Any]
+
+BN_EPSILON = 1e-5
+BN_MOMENTUM = 0.9  # the weight of the old value; PyTorch calls this 0.1
+
+
+def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
+  """PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in).
+
+  HYDRA asserts `init_type: kaiming_normal` and never applies it.
+  """
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class ConvNorm(nn.Module):
+  """A convolution without bias, then BatchNorm: the unit of every ResNet.
+
+  In training mode it normalises by the batch and hands out the batch's mean
+  and *unbiased* variance in `batch_stats`; `update_statistics` folds them into
+  the running averages. Global over all devices, as the batch is one array.
+  """
+
+  features: int
+  size: int = 3
+  stride: int = 1
+  train: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.size, self.size, x.shape[-1], self.features)
+    fan_in = self.size * self.size * x.shape[-1]
+    kernel = self.param('kernel', uniform_fan_in(fan_in), shape)
+    scale = self.param('scale', nn.initializers.ones, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    zeros = lambda: jnp.zeros(self.features)
+    ones = lambda: jnp.ones(self.features)
+    running_mean = self.variable('batch_stats', 'mean', zeros)
+    running_var = self.variable('batch_stats', 'var', ones)
+
+    x = convolution.conv(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.stride
+    )
+    if self.train:
+      x32 = x.astype(jnp.float32)
+      mean = x32.mean((0, 1, 2))
+      var = jnp.square(x32 - mean).mean((0, 1, 2))
+      n = x.size // x.shape[-1]
+      running_mean.value, running_var.value = mean, var * (n / max(n - 1, 1))
+    else:
+      mean, var = running_mean.value, running_var.value
+    gain = scale * lax.rsqrt(var + BN_EPSILON)
+    return (x * gain + (bias - mean * gain)).astype(self.dtype)
+
+
+class FrozenConvNorm(nn.Module):
+  """`ConvNorm` in evaluation mode with `fold`ed, constant parameters."""
+
+  features: int
+  size: int = 3
+  stride: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    params = self.variables['params']
+    y = convolution.frozen_conv(
+      x.astype(self.dtype), params['kernel'], params['flipped'], self.stride
+    )
+    return y + params['bias']
+
+
+def fold(params: Params, batch_stats: Params, dtype: Any) -> Params:
+  """Turns each ConvNorm's parameters into those of a FrozenConvNorm."""
+  if 'kernel' not in params:
+    return {k: fold(v, batch_stats[k], dtype) for k, v in params.items()}
+  gain = params['scale'] * lax.rsqrt(batch_stats['var'] + BN_EPSILON)
+  kernel = (params['kernel'] * gain).astype(dtype)
+  bias = (params['bias'] - batch_stats['mean'] * gain).astype(dtype)
+  return {
+    'kernel': kernel,
+    'flipped': convolution.flip(kernel),
+    'bias': bias,
+  }
+
+
+class ResNet(nn.Module):
+  """CIFAR ResNet of post-activation basic blocks; returns features [N, D].
+
+  Args:
+    blocks: number of blocks in each stage; a stage doubles the width and, but
+      for the first, halves the resolution.
+    width: channels of the stem and of the first stage.
+    layer: `ConvNorm` or `FrozenConvNorm`, with everything but shape bound.
+  """
+
+  blocks: Sequence[int]
+  width: int
+  layer: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    x = nn.relu(self.layer(self.width, name='stem')(images))
+    for stage, count in enumerate(self.blocks):
+      features = self.width * 2**stage
+      for block in range(count):
+        stride = 2 if stage > 0 and block == 0 else 1
+        name = f'stage{stage + 1}_block{block + 1}'
+        y = nn.relu(
+          self.layer(features, stride=stride, name=f'{name}_conv1')(x)
+        )
+        y = self.layer(features, name=f'{name}_conv2')(y)
+        if y.shape != x.shape:
+          shortcut = functools.partial(self.layer, features, size=1)
+          x = shortcut(stride=stride, name=f'{name}_shortcut')(x)
+        x = nn.relu(x + y)
+    return x.astype(jnp.float32).mean((1, 2))
+
+
+class Linear(nn.Module):
+  """Dense layer in float32 with PyTorch's default initialisation."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = uniform_fan_in(x.shape[-1])
+    kernel = self.param('kernel', init, (x.shape[-1], self.features))
+    bias = self.param('bias', init, (self.features,))
+    return jnp.dot(x, kernel, precision=lax.Precision.HIGHEST) + bias
+
+
+class Projector(nn.Module):
+  """RoCL's projector: linear, ReLU, linear; biases, no BN, no normalisation."""
+
+  hidden: int = 2048
+  features: int = 128
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.relu(Linear(self.hidden, name='hidden')(x))
+    return Linear(self.features, name='output')(x)
+
+
+class Model(NamedTuple):
+  """An architecture as functions of its variables.
+
+  Attributes:
+    init: (key, image_shape, parts) -> variables with those parts.
+    predict: (variables, images, output='logits') -> output, evaluation mode.
+    train: the same in training mode -> (output, moments of the batch).
+    prepare: (variables) -> (images, output='logits') -> output: predict with
+      BatchNorm folded into the kernels and the kernels flipped for the
+      gradient. Call it once a step, outside the attack's loop. Nothing flows
+      back into the variables.
+  """
+
+  init: Callable[..., Variables]
+  predict: Callable[..., jax.Array]
+  train: Callable[..., tuple[jax.Array, Params]]
+  prepare: Callable[[Variables], Callable[..., jax.Array]]
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+  'resnet18': dict(blocks=(2, 2, 2, 2), width=64),
+  'resnet20': dict(blocks=(3, 3, 3), width=16),
+}
+
+
+def build(
+  name: str, num_classes: int, width: int = 0, dtype: str = 'float32'
+) -> Model:
+  """Builds a network.
+
+  Args:
+    name: one of ARCHITECTURES.
+    num_classes: outputs of the head.
+    width: channels of the stem; 0 takes the architecture's own.
+    dtype: 'float32' or 'bfloat16', the type of the encoder's arithmetic.
+      Parameters, BatchNorm statistics, head, projector and all outputs stay
+      float32.
+  """
+  spec = ARCHITECTURES[name]
+  resnet = functools.partial(ResNet, spec['blocks'], width or spec['width'])
+  compute = jnp.dtype(dtype)
+  head = Linear(num_classes)
+  projector = Projector()
+
+  def encoder(train):
+    return resnet(functools.partial(ConvNorm, train=train, dtype=compute))
+
+  frozen_encoder = resnet(functools.partial(FrozenConvNorm, dtype=compute))
+
+  def finish(params, features, output):
+    if output == 'features':
+      return features
+    if output == 'projection':
+      return projector.apply({'params': params['projector']}, features)
+    return head.apply({'params': params['head']}, features)
+
+  def init(key, image_shape, parts=('encoder', 'head')):
+    keys = dict(zip(('encoder', 'projector', 'head'), jax.random.split(key, 3)))
+    images = jnp.zeros((1, *image_shape))
+    variables = encoder(False).init(keys['encoder'], images)
+    features = jax.eval_shape(encoder(False).apply, variables, images)
+    params = {'encoder': variables['params']}
+    for part, module in (('projector', projector), ('head', head)):
+      if part in parts:
+        zeros = jnp.zeros(features.shape)
+        params[part] = module.init(keys[part], zeros)['params']
+    return {'params': params, 'batch_stats': variables['batch_stats']}
+
+  def split(variables):
+    params = variables['params']
+    return params, {
+      'params': params['encoder'],
+      'batch_stats': variables['batch_stats'],
+    }
+
+  def predict(variables, images, output='logits'):
+    params, inner = split(variables)
+    return finish(params, encoder(False).apply(inner, images), output)
+
+  def train(variables, images, output='logits'):
+    params, inner = split(variables)
+    features, updated = encoder(True).apply(
+      inner, images, mutable=['batch_stats']
+    )
+    return finish(params, features, output), updated['batch_stats']
+
+  def prepare(variables):
+    params, inner = lax.stop_gradient(split(variables))
+    folded = fold(inner['params'], inner['batch_stats'], compute)
+
+    def forward(images, output='logits'):
+      features = frozen_encoder.apply({'params': folded}, images)
+      return finish(params, features, output)
+
+    return forward
+
+  return Model(init, predict, train, prepare)
+
+
+def update_statistics(running: Params, moments: Sequence[Params]) -> Params:
+  """Folds the moments of several training-mode passes in, in their order.
+
+  A published training step runs several passes and updates the averages in
+  each; the same moments may stand in the list more than once.
+  """
+  for batch in lax.stop_gradient(list(moments)):
+    running = jax.tree.map(
+      lambda old, new: BN_MOMENTUM * old + (1 - BN_MOMENTUM) * new,
+      running,
+      batch,
+    )
+  return running
+
+
+def maskable(params: Params) -> dict[str, jax.Array]:
+  """The prunable tensors, by path: all convolutions and the head's kernel.
+
+  BatchNorm, biases and the projector are never pruned (HYDRA,
+  `models/layers.py`; RoCL's projector does not reach that stage).
+  """
+  flat = flatten({k: v for k, v in params.items() if k != 'projector'})
+  return {p: leaf for p, leaf in flat.items() if p.endswith('/kernel')}
+
+
+def flatten(tree: Params) -> dict[str, jax.Array]:
+  """{'encoder': {'stem': {'kernel': x}}} -> {'encoder/stem/kernel': x}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  return {name(path): leaf for path, leaf in leaves}
