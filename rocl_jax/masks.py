@@ -1,23 +1,21 @@
 """HYDRA's masks: keep the k largest importance scores of each layer.
 
   scores = init_scores(weights)                  # {path: array}, from weights
-  masks = {p: topk_mask(s, keep) for p, s in scores.items()}
+  masks = topk_masks(scores, keep)
   pruned = apply(params, masks)
 
-Scores and masks are flat dicts that hold only the pruned tensors, by path
-('encoder/stem/kernel'). `keep` is the kept fraction, the same in every layer;
+All of these are flat dicts by path ('encoder/stem/kernel'); scores and masks
+hold only the tensors that are pruned. `keep` is the kept fraction, the same in every layer;
 the published code's rule decides the count. A mask is exact: never one entry
 more or less, and among equal scores the earlier entry stays.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Params = dict[str, Any]
 Flat = dict[str, jax.Array]
 
 
@@ -47,6 +45,11 @@ def _mask_backward(keep, sign, cotangent):
 
 
 topk_mask.defvjp(_mask_forward, _mask_backward)
+
+
+def topk_masks(scores: Flat, keep: float) -> Flat:
+  """`topk_mask` of each layer of a pytree of scores."""
+  return jax.tree.map(lambda s: topk_mask(s, keep), scores)
 
 
 def _largest(magnitudes: jax.Array, keep: float) -> jax.Array:
@@ -94,15 +97,9 @@ def init_scores(weights: Flat) -> Flat:
   return {path: scores(w) for path, w in weights.items()}
 
 
-def apply(params: Params, masks: Flat) -> Params:
-  """Multiplies the masked leaves of `params`; the others stay as they are."""
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-
-  def masked(path, leaf):
-    mask = masks.get(name(path))
-    return leaf if mask is None else leaf * mask
-
-  return jax.tree_util.tree_map_with_path(masked, params)
+def apply(params: Flat, masks: Flat) -> Flat:
+  """Multiplies the tensors that have a mask; the others stay as they are."""
+  return {p: x * masks[p] if p in masks else x for p, x in params.items()}
 
 
 def density(masks: Flat) -> dict[str, tuple[int, int]]:

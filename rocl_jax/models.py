@@ -1,7 +1,8 @@
 """Networks, and the only code that knows Flax.
 
-  model = build('resnet18', num_classes=10, width=64)
-  variables = model.init(key, image_shape=(32, 32, 3), parts=('encoder', 'head'))
+  settings = Settings(name='resnet18', width=64, dtype='float32')
+  model = build(settings, num_classes=10)
+  variables = model.init(key, image_shape=(32, 32, 3))
   logits = model.predict(variables, images)            # running BN statistics
   logits, moments = model.train(variables, images)     # BN statistics of the batch
   statistics = update_statistics(variables['batch_stats'], [moments])
@@ -18,6 +19,7 @@ section 3 and, for every detail, `models/resnet_cifar.py` of HYDRA's code.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rocl_jax import convolution
+from rocl_jax.settings import at_least, one_of
 
 Params = dict[str, Any]
 Variables = dict[str, Any]
@@ -181,7 +184,8 @@ class Model(NamedTuple):
   """An architecture as functions of its variables.
 
   Attributes:
-    init: (key, image_shape, parts) -> variables with those parts.
+    init: (key, image_shape) -> variables with all parts, freshly drawn.
+    init_head: (key) -> parameters of a fresh head.
     predict: (variables, images, output='logits') -> output, evaluation mode.
     train: the same in training mode -> (output, moments of the batch).
     prepare: (variables) -> (images, output='logits') -> output: predict with
@@ -190,34 +194,49 @@ class Model(NamedTuple):
       back into the variables.
   """
 
-  init: Callable[..., Variables]
+  init: Callable[[jax.Array, tuple[int, ...]], Variables]
+  init_head: Callable[[jax.Array], Params]
   predict: Callable[..., jax.Array]
   train: Callable[..., tuple[jax.Array, Params]]
   prepare: Callable[[Variables], Callable[..., jax.Array]]
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-  'resnet18': dict(blocks=(2, 2, 2, 2), width=64),
-  'resnet20': dict(blocks=(3, 3, 3), width=16),
+# Blocks of each stage.
+ARCHITECTURES: dict[str, tuple[int, ...]] = {
+  'resnet18': (2, 2, 2, 2),
+  'resnet20': (3, 3, 3),
 }
 
 
-def build(
-  name: str, num_classes: int, width: int = 0, dtype: str = 'float32'
-) -> Model:
-  """Builds a network.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+  """The `model` section.
 
-  Args:
+  Attributes:
     name: one of ARCHITECTURES.
-    num_classes: outputs of the head.
-    width: channels of the stem; 0 takes the architecture's own.
+    width: channels of the stem: 64 for the paper's ResNet-18, 16 for the
+      usual ResNet-20.
     dtype: 'float32' or 'bfloat16', the type of the encoder's arithmetic.
       Parameters, BatchNorm statistics, head, projector and all outputs stay
       float32.
   """
-  spec = ARCHITECTURES[name]
-  resnet = functools.partial(ResNet, spec['blocks'], width or spec['width'])
-  compute = jnp.dtype(dtype)
+
+  name: str
+  width: int
+  dtype: str
+
+  def __post_init__(self):
+    one_of('name', self.name, ARCHITECTURES)
+    one_of('dtype', self.dtype, ('float32', 'bfloat16'))
+    at_least('width', self.width, 1)
+
+
+def build(settings: Settings, num_classes: int) -> Model:
+  """Builds the network with a head of `num_classes` outputs."""
+  blocks = ARCHITECTURES[settings.name]
+  resnet = functools.partial(ResNet, blocks, settings.width)
+  features = settings.width * 2 ** (len(blocks) - 1)
+  compute = jnp.dtype(settings.dtype)
   head = Linear(num_classes)
   projector = Projector()
 
@@ -233,16 +252,21 @@ def build(
       return projector.apply({'params': params['projector']}, features)
     return head.apply({'params': params['head']}, features)
 
-  def init(key, image_shape, parts=('encoder', 'head')):
-    keys = dict(zip(('encoder', 'projector', 'head'), jax.random.split(key, 3)))
+  def init_part(module, key, features):
+    return module.init(key, jnp.zeros((1, features)))['params']
+
+  def init_head(key):
+    return init_part(head, key, features)
+
+  def init(key, image_shape):
+    encoder_key, projector_key, head_key = jax.random.split(key, 3)
     images = jnp.zeros((1, *image_shape))
-    variables = encoder(False).init(keys['encoder'], images)
-    features = jax.eval_shape(encoder(False).apply, variables, images)
-    params = {'encoder': variables['params']}
-    for part, module in (('projector', projector), ('head', head)):
-      if part in parts:
-        zeros = jnp.zeros(features.shape)
-        params[part] = module.init(keys[part], zeros)['params']
+    variables = encoder(False).init(encoder_key, images)
+    params = {
+      'encoder': variables['params'],
+      'projector': init_part(projector, projector_key, features),
+      'head': init_head(head_key),
+    }
     return {'params': params, 'batch_stats': variables['batch_stats']}
 
   def split(variables):
@@ -273,7 +297,7 @@ def build(
 
     return forward
 
-  return Model(init, predict, train, prepare)
+  return Model(init, init_head, predict, train, prepare)
 
 
 def update_statistics(running: Params, moments: Sequence[Params]) -> Params:
@@ -292,17 +316,9 @@ def update_statistics(running: Params, moments: Sequence[Params]) -> Params:
 
 
 def maskable(params: Params) -> dict[str, jax.Array]:
-  """The prunable tensors, by path: all convolutions and the head's kernel.
+  """The prunable ones of flat params: all convolutions and the head's kernel.
 
   BatchNorm, biases and the projector are never pruned (HYDRA,
   `models/layers.py`; RoCL's projector does not reach that stage).
   """
-  flat = flatten({k: v for k, v in params.items() if k != 'projector'})
-  return {p: leaf for p, leaf in flat.items() if p.endswith('/kernel')}
-
-
-def flatten(tree: Params) -> dict[str, jax.Array]:
-  """{'encoder': {'stem': {'kernel': x}}} -> {'encoder/stem/kernel': x}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  return {name(path): leaf for path, leaf in leaves}
+  return {p: x for p, x in params.items() if p.endswith('/kernel')}

@@ -1,15 +1,45 @@
 """Optimisers: a config section to an optax transformation."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from rocl_jax import schedules
-from rocl_jax.settings import Optimizer
+from rocl_jax.settings import at_least, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+  """The `optimizer` section of a stage.
+
+  Attributes:
+    name: 'sgd' or 'lars'.
+    learning_rate: what the schedule starts from.
+    momentum: of SGD; 0 for none.
+    weight_decay: L2, on every trained parameter, as published.
+    schedule: 'rocl', 'hydra' or 'milestones' set the rate once an epoch as
+      published; 'cosine' and 'constant' are by step.
+    warmup_epochs: linear warm-up of the schedules by step.
+  """
+
+  name: str = 'sgd'
+  learning_rate: float
+  momentum: float = 0.9
+  weight_decay: float = 0.0
+  schedule: str
+  warmup_epochs: float = 0.0
+
+  def __post_init__(self):
+    one_of('name', self.name, OPTIMIZERS)
+    one_of('schedule', self.schedule, SCHEDULES)
+    for field in ('learning_rate', 'momentum', 'weight_decay', 'warmup_epochs'):
+      at_least(field, getattr(self, field), 0)
 
 
 def make(
-  settings: Optimizer, epochs: int, steps_per_epoch: int, segments: int = 1
+  settings: Settings, epochs: int, steps_per_epoch: int, segments: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Builds the optimiser of a stage and its learning rate by step.
 
@@ -72,3 +102,4 @@ def lars_rate(
 
 
 OPTIMIZERS = {'sgd': _sgd, 'lars': _lars}
+SCHEDULES = schedules.PER_EPOCH | schedules.PER_STEP

@@ -8,6 +8,7 @@ from jax import lax
 
 from rocl_jax.attacks.balls import BALLS
 
+STARTS = ('none', 'uniform', 'uniform_clipped', 'gaussian')
 GAUSSIAN_START = 0.001  # standard deviation, of TRADES's published start
 
 

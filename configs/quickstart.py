@@ -1,0 +1,60 @@
+"""The whole method in minutes: narrow ResNet-18 on scikit-learn's digits.
+
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Real handwritten digits, 8x8 pixels, no network needed. The attack's radius is
+0.1, ten times what the smallest CIFAR step is worth: digits are easy. Beside
+the method run three baselines: RoCL's linear evaluation, the same network
+trained without adversaries, and magnitude pruning without any training.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10
+
+
+def get_config(argument: str = '') -> ConfigDict:
+  c = cifar10.get_config(argument)
+  c.save_steps = 100
+  c.data.source = 'digits'
+  c.data.validation = 137
+  c.model.width = 8
+
+  c.pretrain.total_epochs = 20
+  c.pretrain.batch_size = 100
+  c.pretrain.crop_scale = 0.3  # 8 % of 64 pixels would be two by two
+  c.pretrain.attack.eps = '0.1'
+  c.pretrain.attack.steps = 5
+  c.pretrain.optimizer.learning_rate = 0.1
+  c.pretrain.optimizer.schedule = 'cosine'
+  c.pretrain.optimizer.warmup_epochs = 1.0
+
+  c.supervised.total_epochs = 20
+  c.supervised.batch_size = 100
+  c.supervised.crop_padding = 1
+  c.supervised.flip = False  # a mirrored digit is another sign
+  c.supervised.attack.eps = '0.1'
+  c.supervised.attack.steps = 5
+  c.supervised.optimizer.schedule = 'cosine'
+  c.prune.total_epochs = 8
+  c.finetune.total_epochs = 12
+  c.linear_eval.total_epochs = 20
+  c.linear_eval.batch_size = 100
+
+  c.eval.eps = '0.1'
+  c.eval.suite = ('pgd10',)
+
+  c.baselines.rocl = ConfigDict(
+    dict(stages=('linear_eval',), init_from='1_pretrain')
+  )
+  c.baselines.natural = ConfigDict(
+    dict(stages=('supervised',), supervised=dict(loss='natural'))
+  )
+  c.baselines.magnitude = ConfigDict(
+    dict(
+      stages=('prune',),
+      init_from='2_supervised',
+      prune=dict(total_epochs=0),
+    )
+  )
+  return c

@@ -1,0 +1,76 @@
+"""An attack as a config section: a name and that function's own keywords."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from rocl_jax.attacks import ATTACKS
+from rocl_jax.attacks.balls import BALLS
+from rocl_jax.attacks.pgd import STARTS
+from rocl_jax.errors import UserError
+from rocl_jax.settings import FieldError, at_least, bind, one_of
+
+_BY_CALLER = ('objective', 'images', 'key')
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+  """What a section such as {name: 'pgd', eps: '8/255', ...} says.
+
+  Attributes:
+    name: a name in ATTACKS.
+    keywords: the function's keyword arguments, as numbers.
+  """
+
+  name: str
+  keywords: Mapping[str, Any]
+
+  @classmethod
+  def parse(
+    cls, section: Any, where: str, around: Mapping[str, Any]
+  ) -> 'AttackSettings':
+    """Checks a section against the signature of the attack that it names.
+
+    Args:
+      section: the section.
+      where: its path, for messages.
+      around: fields of the section round it; an attack without `eps` of its
+        own takes the one there.
+
+    Raises:
+      UserError: an unknown attack or field, a wrong type or value.
+    """
+    if not isinstance(section, Mapping) or 'name' not in section:
+      raise UserError(f'{where}: found {section!r}, wanted a section with name')
+    fields = {k: v for k, v in around.items() if k == 'eps'} | dict(section)
+    name = fields.pop('name')
+    try:
+      one_of('name', name, ATTACKS)
+      keywords = bind(ATTACKS[name], fields, where, given=_BY_CALLER)
+      _check(keywords)
+    except FieldError as e:
+      raise UserError(f'{where}.{e}') from None
+    return cls(name, keywords)
+
+  @property
+  def attack(self) -> Callable[..., jax.Array]:
+    """(objective, images, key) -> images."""
+    return functools.partial(ATTACKS[self.name], **self.keywords)
+
+
+def _check(keywords: Mapping[str, Any]) -> None:
+  """Checks the keywords whose meaning all attacks share."""
+  if 'norm' in keywords:
+    one_of('norm', keywords['norm'], BALLS)
+  if 'start' in keywords:
+    one_of('start', keywords['start'], STARTS)
+  for field in ('eps', 'step_size', 'steps'):
+    if field in keywords:
+      at_least(field, keywords[field], 0)
+  eps = keywords.get('eps', 0)
+  if keywords.get('norm', 'linf') == 'linf' and eps > 1:
+    wanted = 'a radius in [0, 1], the range of the pixels'
+    raise FieldError('eps', eps, f'{wanted} (did you mean {eps:g}/255?)')

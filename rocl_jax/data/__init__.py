@@ -1,0 +1,100 @@
+"""Image data sets in memory.
+
+    dataset = load('digits', '', validation=100)
+    dataset.train.images  # uint8 [1337, 8, 8, 3]
+
+| source | directory |
+|---|---|
+| `tfds` | TensorFlow Datasets' data_dir; '' is its default. CIFAR-10 |
+| `binary` | the folder of CIFAR-10's official binary version |
+| `folder` | a folder with train/<class>/ and test/<class>/ images |
+| `digits` | not used: scikit-learn's digits, 8x8 pixels |
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rocl_jax.data import binary, digits, folder, tfds
+from rocl_jax.data.records import Dataset, RawDataset, Split, validate
+from rocl_jax.errors import UserError, nearest
+
+__all__ = ['SOURCES', 'Dataset', 'RawDataset', 'Split', 'check', 'load']
+
+SOURCES: dict[str, Callable[[str], RawDataset]] = {
+  'tfds': tfds.read,
+  'binary': binary.read,
+  'folder': folder.read,
+  'digits': digits.read,
+}
+_CHECKS: dict[str, Callable[[str], None]] = {
+  'tfds': tfds.check,
+  'binary': binary.check,
+  'folder': folder.check,
+  'digits': digits.check,
+}
+
+# Not the seed of the run: runs are compared on the same held-out images.
+VALIDATION_SEED = 19620827
+
+
+def check(source: str, directory: str, validation: int) -> None:
+  """Checks what can be checked without reading images or using a network.
+
+  Args:
+    source: a name in SOURCES.
+    directory: where the source finds its files.
+    validation: number of training images to hold out.
+
+  Raises:
+    UserError: the source is unknown, its files are missing or of the wrong
+      kind, or `validation` is negative.
+  """
+  if source not in SOURCES:
+    raise UserError(
+      f'data.source: {source!r} is unknown{nearest(source, SOURCES)}; '
+      f'wanted one of {", ".join(SOURCES)}'
+    )
+  if validation < 0:
+    raise UserError(f'data.validation: {validation}; wanted 0 or more images')
+  _CHECKS[source](directory)
+
+
+def load(source: str, directory: str, validation: int) -> Dataset:
+  """Returns the data set with `validation` training images held out.
+
+  The held-out images are the first `validation` of a fixed permutation of the
+  training set, so that a larger number only adds to a smaller one. The rest
+  stays in the order of the source.
+
+  Args:
+    source: a name in SOURCES.
+    directory: where the source finds its files.
+    validation: number of training images to hold out, below their number.
+
+  Raises:
+    UserError: as in `check`, or a file is damaged, or `validation` leaves no
+      training image.
+  """
+  check(source, directory, validation)
+  raw = SOURCES[source](directory)
+  validate(raw)
+  train, held_out = _hold_out(raw.train, validation)
+  return Dataset(raw.name, train, held_out, raw.test, raw.class_names)
+
+
+def _hold_out(train: Split, validation: int) -> tuple[Split, Split]:
+  images, labels = train
+  if validation >= len(labels):
+    raise UserError(
+      f'data.validation: {validation} of {len(labels)} training images; '
+      f'wanted at most {len(labels) - 1}'
+    )
+  # RandomState: its streams are frozen, those of Generator may change.
+  order = np.random.RandomState(VALIDATION_SEED).permutation(len(labels))
+  chosen = order[:validation]
+  held_out = Split(images[chosen], labels[chosen])
+  if validation == 0:
+    return train, held_out  # no copy
+  keep = np.sort(order[validation:])
+  return Split(images[keep], labels[keep]), held_out

@@ -1,0 +1,208 @@
+"""What a config file asks for, checked as a whole before any device work.
+
+A config is one section for each part of the project, a section for each
+stage, and `baselines`: overlays of the same config, run beside the main run
+on the same data. An overlay names only what it changes.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rocl_jax import data, evaluation, metrics, models
+from rocl_jax.errors import UserError, nearest
+from rocl_jax.settings import at_least, one_of, parse
+from rocl_jax.stages import STAGES
+from rocl_jax.training import Training
+
+# Fields that a baseline shares with the main run.
+_SHARED = ('name', 'data', 'eval', 'save_steps', 'tensorboard', 'baselines')
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+  """The `data` section; see `rocl_jax.data`.
+
+  Attributes:
+    source: 'tfds', 'binary', 'folder' or 'digits'.
+    dir: where the source finds its files.
+    validation: training images held out for model selection.
+  """
+
+  source: str
+  dir: str
+  validation: int
+
+  def __post_init__(self):
+    data.check(self.source, self.dir, self.validation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+  """A chain of stages.
+
+  Attributes:
+    name: what records call it.
+    seed: of all its random numbers.
+    stages: the stages in order, with their sections.
+    init_from: '' for fresh weights; a stage folder of the main run, such as
+      '1_pretrain'; or the path of a model folder.
+    model: the network.
+    config: the resolved config, as JSON values.
+  """
+
+  name: str
+  seed: int
+  stages: tuple[tuple[str, Training], ...]
+  init_from: str
+  model: models.Settings
+  config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """The main run, its baselines, and what they share.
+
+  Attributes:
+    runs: the main run first.
+    data: the data set.
+    eval: the evaluation that every model gets.
+    save_steps: steps between saves of the train state.
+    tensorboard: whether to write scalars for it.
+  """
+
+  runs: tuple[Run, ...]
+  data: DataSettings
+  eval: evaluation.Settings
+  save_steps: int
+  tensorboard: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TopLevel:
+  """The fields of a config beside the stages' sections."""
+
+  name: str
+  seed: int
+  stages: tuple[str, ...]
+  init_from: str
+  baselines: Any
+  data: DataSettings
+  model: models.Settings
+  eval: evaluation.Settings
+  save_steps: int
+  tensorboard: bool
+
+  def __post_init__(self):
+    at_least('seed', self.seed, 0)
+    at_least('save_steps', self.save_steps, 1)
+    for stage in self.stages:
+      one_of('stages', stage, STAGES)
+    if self.tensorboard:
+      metrics.check_tensorboard()
+
+
+def parse_experiment(config: ConfigDict) -> Experiment:
+  """Checks a config and turns it into records.
+
+  Raises:
+    UserError: an unknown or missing field, a wrong type or value, an unknown
+      stage, attack or source, a missing data folder.
+  """
+  top, main = _parse_run(config, name='')
+  runs = [main]
+  baselines = top.baselines
+  if not isinstance(baselines, Mapping | ConfigDict):
+    raise UserError(f'config.baselines: found {baselines!r}, wanted a section')
+  for name, overlay in baselines.items():
+    for field in _SHARED:
+      if field in overlay:
+        raise UserError(
+          f'config.baselines.{name}.{field}: a baseline shares this field '
+          'with the main run'
+        )
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+      _overlay(changed, overlay, f'config.baselines.{name}')
+    runs.append(_parse_run(changed, name)[1])
+  _check_starts(runs)
+  return Experiment(
+    runs=tuple(runs),
+    data=top.data,
+    eval=top.eval,
+    save_steps=top.save_steps,
+    tensorboard=top.tensorboard,
+  )
+
+
+def _overlay(config, overlay, where):
+  """Sets the overlay's leaves in the config, where references follow them."""
+  for field, value in overlay.items():
+    if field not in config:
+      hint = nearest(field, config)
+      raise UserError(f'{where}.{field}: no such field{hint}')
+    if isinstance(value, Mapping | ConfigDict):
+      _overlay(config[field], value, f'{where}.{field}')
+      continue
+    try:
+      config[field] = value
+    except (TypeError, ValueError):
+      wanted = type(config[field]).__name__
+      raise UserError(
+        f'{where}.{field}: found {value!r}, wanted a {wanted}'
+      ) from None
+
+
+def _parse_run(config, name):
+  values = config.copy_and_resolve_references().to_dict()
+  fields = {k: v for k, v in values.items() if k not in STAGES}
+  for field in fields:
+    known = [*_TopLevel.__annotations__, *STAGES]
+    if field not in known:
+      raise UserError(f'config.{field}: no such field{nearest(field, known)}')
+  top = parse(_TopLevel, fields, 'config')
+  sections = {
+    stage: parse(STAGES[stage].Settings, values[stage], f'config.{stage}')
+    for stage in STAGES
+    if stage in values
+  }
+  if len(set(top.stages)) < len(top.stages) or not top.stages:
+    raise UserError(
+      f'config.stages: found {top.stages}, wanted at least one stage, each '
+      'at most once'
+    )
+  for stage in top.stages:
+    if stage not in sections:
+      raise UserError(f'config.{stage}: missing, and config.stages names it')
+  run = Run(
+    name=name or top.name,
+    seed=top.seed,
+    stages=tuple((stage, sections[stage]) for stage in top.stages),
+    init_from=top.init_from,
+    model=top.model,
+    config={k: v for k, v in values.items() if k != 'baselines'},
+  )
+  return top, run
+
+
+def stage_folder(index: int, stage: str) -> str:
+  """The name of a stage's folder: '1_pretrain' for index 0."""
+  return f'{index + 1}_{stage}'
+
+
+def _check_starts(runs):
+  """Checks `init_from` where it names a stage of the main run."""
+  main = runs[0]
+  folders = [stage_folder(i, s) for i, (s, _) in enumerate(main.stages)]
+  for run in runs:
+    start = run.init_from
+    looks_like_one = start[:1].isdigit() and '/' not in start
+    if looks_like_one and (run is main or start not in folders):
+      where = 'config' if run is main else f'config.baselines.{run.name}'
+      raise UserError(
+        f'{where}.init_from: the main run has no stage folder {start!r} to '
+        f'start from{nearest(start, folders)}'
+      )

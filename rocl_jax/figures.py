@@ -1,0 +1,539 @@
+"""The pictures of a report: numbers in, a matplotlib Figure out.
+
+  figure = figures.results([Result('ours', 'finetune', 0.9, 76.6, 48.6)], '')
+  figure.savefig('results.png', dpi=figures.DPI)
+
+Nothing here reads or writes a file, and nothing touches pyplot's global state.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
+
+DPI = 150
+
+# Okabe-Ito: told apart under the common colour deficiencies.
+BLUE, VERMILLION, GREEN = '#0072B2', '#D55E00', '#009E73'
+PURPLE, ORANGE, SKY = '#CC79A7', '#E69F00', '#56B4E9'
+INK, MUTED, FAINT = '#222222', '#6B6B6B', '#E4E4E4'
+DASHED = (0.0, (4.0, 1.6))
+
+RUN_COLOURS = {
+  'ours': BLUE,
+  'natural': VERMILLION,
+  'magnitude': GREEN,
+  'rocl': PURPLE,
+}
+OTHER_COLOURS = (ORANGE, SKY, INK)
+
+
+class Curve(NamedTuple):
+  """One run's progress through one stage; NaN where nothing was measured."""
+
+  run: str
+  x: Sequence[float]
+  loss: Sequence[float]
+  clean: Sequence[float]
+  robust: Sequence[float]
+
+
+class Result(NamedTuple):
+  """Accuracy in percent of one evaluated model."""
+
+  run: str
+  stage: str
+  sparsity: float
+  clean: float
+  robust: float
+  note: str = ''  # how it was measured, where that differs from the rest
+
+
+class Example(NamedTuple):
+  """One image before and after the attack, H x W x 3 in [0, 1]."""
+
+  label: int
+  clean_prediction: int
+  adversarial_prediction: int
+  clean: Sequence
+  adversarial: Sequence
+
+
+def run_colours(runs: Sequence[str]) -> dict[str, str]:
+  """A colour for each run: the same one in every picture of a report."""
+  others = [run for run in dict.fromkeys(runs) if run not in RUN_COLOURS]
+  return RUN_COLOURS | {
+    run: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, run in enumerate(others)
+  }
+
+
+def _tidy(ax: Axes, grid: str = 'y') -> None:
+  ax.spines[['top', 'right']].set_visible(False)
+  ax.spines[['left', 'bottom']].set_color('#B0B0B0')
+  ax.tick_params(colors=MUTED, labelsize=9, length=3)
+  ax.set_axisbelow(True)
+  if grid:
+    ax.grid(axis=grid, color=FAINT, linewidth=0.8)  # type: ignore[arg-type]
+
+
+def _line(ax: Axes, x: Sequence[float], y: Sequence[float], **style) -> None:
+  """A line through the measured points; a lone point needs a marker."""
+  points = np.array([x, y], float)
+  points = points[:, np.isfinite(points).all(axis=0)]
+  if points.shape[1] == 0:
+    return
+  if points.shape[1] < 12:
+    style = {'marker': 'o', 'markersize': 3.2} | style
+  ax.plot(*points, **style)
+
+
+def _measured(values: Sequence[float]) -> bool:
+  return bool(np.isfinite(np.array(values, float)).any())
+
+
+def _whole_epochs(ax: Axes) -> None:
+  low, high = ax.get_xlim()
+  ax.set_xlim(min(low, high - 1), max(high, low + 1))
+  ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def curves(
+  stages: Mapping[str, Sequence[Curve]], split: str = 'validation'
+) -> Figure:
+  """Loss above, accuracy below, a column for each stage.
+
+  The first curve of a stage is the main run's and is drawn heavier. `split`
+  says which images the accuracy was measured on.
+  """
+  runs = [curve.run for drawn in stages.values() for curve in drawn]
+  colours = run_colours(runs)
+  columns = max(len(stages), 1)
+  followed = {
+    stage: any(_measured([*curve.clean, *curve.robust]) for curve in drawn)
+    for stage, drawn in stages.items()
+  }
+  # A run still in pre-training has no accuracy to show: losses only.
+  rows = 2 if any(followed.values()) else 1
+  size = (max(2.7 * columns, 5.4), 0.4 + 2.4 * rows)
+  figure = Figure(figsize=size, layout='constrained')
+  axes = figure.subplots(rows, columns, squeeze=False)
+  first = True
+  for column, (stage, drawn) in enumerate(stages.items()):
+    top = axes[0, column]
+    bottom = axes[1, column] if rows == 2 else None
+    for i, curve in reversed(list(enumerate(drawn))):
+      style = {
+        'color': colours[curve.run],
+        'linewidth': 1.1 if i else 2.2,
+        'zorder': 2 if i else 3,
+      }
+      _line(top, curve.x, curve.loss, **style)
+      if bottom is not None:
+        _line(bottom, curve.x, curve.clean, **style)
+        _line(bottom, curve.x, curve.robust, linestyle=DASHED, **style)
+    top.set_title(stage, fontsize=11, color=INK, fontweight='bold')
+    _tidy(top)
+    _whole_epochs(top)
+    if column == 0:
+      top.set_ylabel('training loss', fontsize=10, color=INK)
+    if bottom is not None and followed[stage]:
+      _tidy(bottom)
+      _whole_epochs(bottom)
+      bottom.set_ylim(-2, 102)
+      bottom.set_xlabel('epoch', fontsize=10, color=INK)
+      if first:
+        first = False
+        bottom.set_ylabel(f'{split} accuracy, %', fontsize=10, color=INK)
+      continue
+    top.set_xlabel('epoch', fontsize=10, color=INK)
+    if bottom is not None:
+      bottom.axis('off')
+      if stage == 'pretrain':
+        _note(bottom, 'no classifier\nin this stage')
+      else:
+        _note(bottom, 'accuracy not measured\nduring training')
+  handles = [
+    Line2D([], [], color=colours[run], linewidth=2.2 if i == 0 else 1.4)
+    for i, run in enumerate(dict.fromkeys(runs))
+  ]
+  labels = list(dict.fromkeys(runs))
+  if rows == 2:
+    handles.append(Line2D([], [], color=MUTED, linewidth=1.4))
+    handles.append(Line2D([], [], color=MUTED, linewidth=1.4, linestyle=DASHED))
+    labels += ['clean', 'robust']
+  _legend(figure, handles, labels)
+  return figure
+
+
+def _note(ax: Axes, text: str) -> None:
+  ax.text(
+    0.5,
+    0.5,
+    text,
+    ha='center',
+    va='center',
+    fontsize=9,
+    color=MUTED,
+    transform=ax.transAxes,
+  )
+
+
+def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
+  figure.legend(
+    handles,
+    labels,
+    loc='outside upper center',
+    ncols=min(len(labels), 6),
+    frameon=False,
+    fontsize=9.5,
+    labelcolor=INK,
+  )
+
+
+def against_published(
+  stages: Mapping[str, tuple[Curve, Curve]], split: str, published_title: str
+) -> Figure:
+  """Each stage's curve with the published one behind it.
+
+  x is the completed fraction of the stage. The losses have an axis each (left
+  and right), since batch and network decide their level; accuracies share one.
+  """
+  columns = max(len(stages), 1)
+  figure = Figure(figsize=(max(2.9 * columns, 5.4), 5.2), layout='constrained')
+  axes = figure.subplots(2, columns, squeeze=False)
+  last = len(stages) - 1
+  first = True
+  for column, (stage, (here, there)) in enumerate(stages.items()):
+    top, bottom = axes[:, column]
+    right = top.twinx()
+    _line(right, there.x, there.loss, color=ORANGE, linewidth=2, marker='')
+    _line(top, here.x, here.loss, color=BLUE, linewidth=2)
+    # Ours in front: an axis made by twinx is drawn last.
+    top.set_zorder(right.get_zorder() + 1)
+    top.patch.set_visible(False)
+    _tidy(top, grid='')
+    _tidy(right, grid='')
+    right.spines['right'].set(visible=True, color='#B0B0B0')
+    top.tick_params(axis='y', labelcolor=BLUE)
+    right.tick_params(axis='y', labelcolor='#A86F00')
+    top.set_title(stage, fontsize=11, color=INK, fontweight='bold')
+    if column == 0:
+      top.set_ylabel('loss, this run', fontsize=10, color=BLUE)
+    if column == last:
+      right.set_ylabel('loss, published', fontsize=10, color='#A86F00')
+    for ax in (top, bottom):
+      ax.set_xlim(-0.03, 1.03)
+      ax.set_xticks([0, 0.5, 1], ['0', '½', '1'])
+    if not any(_measured(c.clean) for c in (here, there)):
+      bottom.axis('off')
+      _note(bottom, 'no classifier\nin this stage')
+      top.set_xlabel('fraction of the stage', fontsize=10, color=INK)
+      continue
+    for curve, colour in ((there, ORANGE), (here, BLUE)):
+      style = {'color': colour, 'linewidth': 2}
+      if curve is there:
+        style['marker'] = ''
+      _line(bottom, curve.x, curve.clean, **style)
+      _line(bottom, curve.x, curve.robust, linestyle=DASHED, **style)
+    _tidy(bottom)
+    bottom.set_ylim(-2, 102)
+    bottom.set_xlabel('fraction of the stage', fontsize=10, color=INK)
+    if first:
+      first = False
+      bottom.set_ylabel('accuracy, %', fontsize=10, color=INK)
+  handles = [
+    Line2D([], [], color=BLUE, linewidth=2),
+    Line2D([], [], color=ORANGE, linewidth=2),
+    Line2D([], [], color=MUTED),
+    Line2D([], [], color=MUTED, linestyle=DASHED),
+  ]
+  labels = [
+    f'this run ({split} images)',
+    f'published: {published_title} (test images)',
+    'clean',
+    'robust',
+  ]
+  _legend(figure, handles, labels)
+  figure.supxlabel(
+    'The runs differ in scale: compare the shape, not the level.',
+    fontsize=9.5,
+    color=MUTED,
+  )
+  return figure
+
+
+def examples(
+  images: Sequence[Example], class_names: Sequence[str], title: str
+) -> Figure:
+  """Clean images above, their adversarial versions below, with predictions."""
+  images = list(images)[:8]
+  columns = max(len(images), 1)
+  figure = Figure(figsize=(1.3 * max(columns, 4), 3.7), layout='constrained')
+  axes = figure.subplots(2, columns, squeeze=False)
+  figure.suptitle(title, fontsize=11, color=INK)
+
+  def name(index: int) -> str:
+    known = 0 <= index < len(class_names)
+    return str(class_names[index]) if known else str(index)
+
+  for column, image in enumerate(images):
+    rows = (
+      (image.clean, image.clean_prediction),
+      (image.adversarial, image.adversarial_prediction),
+    )
+    for ax, (pixels, prediction) in zip(axes[:, column], rows, strict=True):
+      right = prediction == image.label
+      colour = GREEN if right else VERMILLION
+      ax.imshow(np.clip(np.array(pixels, float), 0, 1), interpolation='nearest')
+      ax.set_xticks([])
+      ax.set_yticks([])
+      ax.spines[:].set(color=colour, linewidth=2.2)
+      ax.set_title(
+        f'true: {name(image.label)}\n{"✓" if right else "✗"} '
+        f'{name(prediction)}',
+        fontsize=8.5,
+        color=colour,
+        linespacing=1.25,
+      )
+  for ax, text in zip(axes[:, 0], ('clean', 'adversarial'), strict=True):
+    ax.set_ylabel(text, fontsize=10, color=INK)
+  return figure
+
+
+def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
+  """Robust and clean accuracy of every model, joined by a line."""
+  colours = run_colours([row.run for row in rows])
+  # From the top: a heading line for each run, its rows, a little space.
+  heights, headings, y = [], {}, 0.0
+  for run in dict.fromkeys(row.run for row in rows):
+    headings[run] = y
+    y += 0.95
+    for row in rows:
+      if row.run == run:
+        heights.append((row, y))
+        y += 1.0
+    y += 0.3
+  figure = Figure(figsize=(8, 1.5 + 0.3 * y), layout='constrained')
+  ax = figure.subplots()
+  margin = ax.get_yaxis_transform()  # x in widths of the plot, y in rows
+  far, near = -0.29, -0.015
+  for run, height in headings.items():
+    ax.text(
+      far,
+      height,
+      run,
+      transform=margin,
+      fontsize=13,
+      fontweight='bold',
+      color=colours[run],
+      va='center',
+    )
+  for row, height in heights:
+    name = row.stage.replace('_', ' ')
+    style: dict[str, Any] = {'transform': margin, 'va': 'center'}
+    size = 12 if len(name) < 12 else 9
+    ax.text(far + 0.02, height, name, fontsize=size, color=INK, **style)
+    if row.sparsity > 0 and size == 12:  # beside a short name only
+      kept = f'{100 * (1 - row.sparsity):.3g} % kept'
+      ax.text(near, height, kept, fontsize=9, color=MUTED, ha='right', **style)
+    _pair(ax, row, height, colours[row.run])
+  ax.set_ylim(y - 0.5, -0.6)
+  ax.set_xlim(-9, 109)
+  ax.set_xticks(range(0, 101, 20))
+  ax.set_yticks([])
+  _tidy(ax, grid='x')
+  ax.spines[:].set_visible(False)
+  ax.tick_params(length=0, labelsize=11)
+  ax.set_xlabel('top-1 accuracy, %', fontsize=11, color=MUTED)
+  ax.set_title(
+    title,
+    fontsize=14,
+    fontweight='bold',
+    color=INK,
+    x=far,
+    ha='left',
+    pad=30 if subtitle else 9,
+  )
+  ax.annotate(
+    subtitle,
+    (far, 1),
+    xycoords='axes fraction',
+    xytext=(0, 10),
+    textcoords='offset points',
+    fontsize=11,
+    color=MUTED,
+  )
+  ax.legend(
+    [_dot(MUTED, True), _dot(MUTED, False)],
+    ['under attack', 'clean'],
+    loc='lower right',
+    bbox_to_anchor=(1.0, 1.0),
+    ncols=2,
+    frameon=False,
+    fontsize=11,
+    labelcolor=INK,
+    borderaxespad=0.1,
+    handletextpad=0.1,
+  )
+  return figure
+
+
+def _dot(colour: str, filled: bool) -> Line2D:
+  return Line2D(
+    [],
+    [],
+    linestyle='',
+    marker='o',
+    markersize=10,
+    markerfacecolor=colour if filled else 'white',
+    markeredgecolor=colour,
+    markeredgewidth=2.2,
+  )
+
+
+def _pair(ax: Axes, row: Result, height: float, colour: str) -> None:
+  """A model's two accuracies, each number on the outer side of its dot."""
+  ax.hlines(
+    height, row.robust, row.clean, color=colour, linewidth=4.5, alpha=0.28
+  )
+  ax.annotate(
+    row.note,
+    ((row.robust + row.clean) / 2, height),
+    xytext=(0, -11),
+    textcoords='offset points',
+    ha='center',
+    va='center',
+    fontsize=8.5,
+    color=MUTED,
+  )
+  side = 1 if row.clean >= row.robust else -1
+  for value, filled, outward in (
+    (row.robust, True, -side),
+    (row.clean, False, side),
+  ):
+    dot = _dot(colour, filled)
+    dot.set_data([value], [height])
+    dot.set_zorder(3)
+    ax.add_line(dot)
+    ax.annotate(
+      f'{value:.1f}',
+      (value, height),
+      xytext=(10 * outward, -0.5),
+      textcoords='offset points',
+      ha='left' if outward > 0 else 'right',
+      va='center',
+      fontsize=11,
+      fontweight='bold' if filled else 'normal',
+      color=INK,
+    )
+
+
+def density(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
+  """Weights and kept weights of each layer: `{layer: (size, kept)}`."""
+  names = list(layers)
+  figure = Figure(figsize=(8, 1.3 + 0.25 * len(names)), layout='constrained')
+  left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
+  figure.suptitle(title, fontsize=11, color=INK)
+  y = np.arange(len(names))
+  size = np.array([layers[name][0] for name in names], float)
+  kept = np.array([layers[name][1] for name in names], float)
+  # An empty layer has no place on a logarithmic axis; its bar says 0 %.
+  shown = np.where(kept > 0, kept, np.nan)
+  left.hlines(y, shown, size, color=BLUE, alpha=0.28, linewidth=3)
+  left.plot(
+    size, y, 'o', markersize=6, color='white', markeredgecolor=BLUE, mew=1.5
+  )
+  left.plot(shown, y, 'o', markersize=6, color=BLUE)
+  left.set_xscale('log')
+  left.set_yticks(y, [name.removesuffix('/kernel') for name in names])
+  left.set_ylim(len(names) - 0.4, -0.6)
+  left.set_xlabel('weights: kept ●, before pruning ○', fontsize=10, color=INK)
+  percent = 100 * kept / np.maximum(size, 1)
+  right.barh(y, percent, color=BLUE, height=0.62)
+  for height, value in zip(y, percent, strict=True):
+    right.text(
+      value + 0.02 * max(percent.max(), 1),
+      height,
+      f'{value:.1f}',
+      va='center',
+      fontsize=8.5,
+      color=MUTED,
+    )
+  right.set_xlim(0, 1.25 * max(percent.max(), 1))
+  right.set_xlabel('kept, %', fontsize=10, color=INK)
+  for ax in (left, right):
+    _tidy(ax, grid='x')
+    ax.tick_params(axis='y', length=0)
+  left.tick_params(axis='y', labelcolor=INK, labelsize=8.5)
+  return figure
+
+
+def overview(stages: Sequence[tuple[str, str, str, str]]) -> Figure:
+  """The method at a glance: a box for each stage, left to right.
+
+  A stage is (name, what happens in a line, what it trains, what it freezes);
+  either of the last two may be empty.
+  """
+  count = max(len(stages), 1)
+  width, gap, pitch = 2.3, 0.38, 0.205
+  # A slot for each kind of text, as high as its longest entry needs.
+  texts = [
+    (textwrap.wrap(what, 24), textwrap.wrap(on, 18), textwrap.wrap(off, 18))
+    for _, what, on, off in stages
+  ]
+  slots = [max((len(text[i]) for text in texts), default=0) for i in range(3)]
+  tops = [0.6 + pitch * sum(slots[:i]) + 0.13 * i for i in range(3)]
+  height = tops[2] + pitch * slots[2] + 0.16
+  total = count * width + (count - 1) * gap
+  figure = Figure(figsize=(total + 0.1, height + 0.1))
+  ax = figure.add_axes((0, 0, 1, 1))
+  ax.set_xlim(-0.05, total + 0.05)
+  ax.set_ylim(height + 0.05, -0.05)
+  ax.axis('off')
+
+  def write(x: float, y: float, lines: Sequence[str], **style) -> None:
+    # Line by line: neighbours of another size or weight share the baseline.
+    for i, line in enumerate(lines):
+      ax.text(x, y + 0.14 + pitch * i, line, va='baseline', **style)
+
+  for i, (stage, text) in enumerate(zip(stages, texts, strict=True)):
+    left = i * (width + gap)
+    box = FancyBboxPatch(
+      (left + 0.06, 0.06),
+      width - 0.12,
+      height - 0.12,
+      boxstyle='round,pad=0.05,rounding_size=0.12',
+      facecolor='#F4F8FB',
+      edgecolor=BLUE,
+      linewidth=1.4,
+    )
+    ax.add_patch(box)
+    x = left + 0.16
+    title = {'fontsize': 14, 'fontweight': 'bold'}
+    write(x, 0.24, [f'{i + 1}'], color=BLUE, **title)
+    write(x + 0.22, 0.24, [stage[0]], color=INK, **title)
+    write(x, tops[0], text[0], fontsize=11, color=INK)
+    rows = (('trains', GREEN), ('fixed', MUTED))
+    for (label, colour), lines, y in zip(rows, text[1:], tops[1:], strict=True):
+      if lines:
+        write(x, y, [label], fontsize=10.5, fontweight='bold', color=colour)
+        write(x + 0.57, y, lines, fontsize=10.5, color=colour)
+    if i + 1 < count:
+      arrow = FancyArrowPatch(
+        (left + width + 0.02, height / 2),
+        (left + width + gap - 0.02, height / 2),
+        arrowstyle='-|>',
+        mutation_scale=16,
+        linewidth=1.8,
+        color=INK,
+        shrinkA=0,
+        shrinkB=0,
+      )
+      ax.add_patch(arrow)
+  return figure

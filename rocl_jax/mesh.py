@@ -1,0 +1,38 @@
+"""Devices as one line, named `data`: batches are split, all else is copied.
+
+The same code runs on one device and on many. A training step is written for
+the whole batch, so NT-Xent's negatives and BatchNorm's statistics are global.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rocl_jax.errors import UserError
+
+
+def make_mesh() -> Mesh:
+  """All devices, in a mesh with the one axis `data`."""
+  return Mesh(np.array(jax.devices()), ('data',))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def split(batch: jax.Array, mesh: Mesh) -> jax.Array:
+  """Inside jit: lays the leading axis out over the devices."""
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
+  return jax.lax.with_sharding_constraint(batch, sharding)
+
+
+def check_batch(field: str, batch_size: int, devices: int) -> None:
+  """Raises UserError unless the devices can share the batch evenly."""
+  if batch_size % devices:
+    down = max(batch_size // devices, 1) * devices
+    near = sorted({down, -(-batch_size // devices) * devices})
+    raise UserError(
+      f'{field}: found {batch_size}, wanted a multiple of the {devices} '
+      f'devices, such as {" or ".join(map(str, near))}'
+    )

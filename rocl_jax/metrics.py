@@ -1,0 +1,55 @@
+"""Training metrics: JSON lines always, TensorBoard where it is asked for."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from rocl_jax.errors import UserError
+from rocl_jax.files import write_text
+
+Row = dict[str, Any]
+
+
+def read(path: epath.Path, last_epoch: int) -> list[Row]:
+  """The rows of the epochs up to `last_epoch`; what came later is redone."""
+  if not path.exists():
+    return []
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  return [row for row in rows if row['epoch'] <= last_epoch]
+
+
+def write(path: epath.Path, rows: list[Row]) -> None:
+  """Writes all rows, one JSON object a line."""
+  write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def is_best(rows: list[Row], name: str) -> bool:
+  """Whether the last row has the highest value so far, the first of equals."""
+  *earlier, last = [row[name] for row in rows if name in row]
+  return last == last and all(not value >= last for value in earlier)
+
+
+def check_tensorboard() -> None:
+  """Raises UserError unless what TensorBoard writing needs is installed."""
+  for module in ('tensorflow', 'tensorboard'):
+    if importlib.util.find_spec(module) is None:
+      raise UserError(
+        f'config.log.tensorboard: {module} is not installed; '
+        "pip install 'rocl-jax[tensorboard]'"
+      )
+
+
+def tensorboard(directory: epath.Path) -> Callable[[int, Row], None]:
+  """A function of step and row that writes the row's numbers as scalars."""
+  from clu import metric_writers  # it imports TensorFlow
+
+  writer = metric_writers.SummaryWriter(str(directory))
+
+  def log(step: int, row: Row) -> None:
+    writer.write_scalars(step, {k: float(v) for k, v in row.items()})
+    writer.flush()
+
+  return log

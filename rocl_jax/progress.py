@@ -1,0 +1,60 @@
+"""Progress on standard error: one moving line, or plain lines without a tty."""
+
+import sys
+import time
+
+_TERMINAL_SECONDS = 0.2
+_PLAIN_SECONDS = 20.0
+
+
+def say(message: str) -> None:
+  """Prints a line, over the moving one if there is one."""
+  clear = '\r\x1b[K' if sys.stderr.isatty() else ''
+  print(f'{clear}{message}', file=sys.stderr, flush=True)
+
+
+class Progress:
+  """Counts work done, and shows rate and time left now and then.
+
+    progress = Progress('finetune', total=120, per_count=256)
+    progress.show(done=17, note='loss 1.203')
+
+  Args:
+    label: what is being done.
+    total: how many counts make the whole.
+    per_count: images a count, for the rate.
+    done: counts done before this start, which the rate leaves out.
+  """
+
+  def __init__(self, label: str, total: int, per_count: int, done: int = 0):
+    self._label, self._total, self._per_count = label, total, per_count
+    self._began, self._first = time.monotonic(), done
+    self._shown = self._began
+
+  def show(self, done: int, note: str = '') -> None:
+    """Shows the state unless it was shown a moment ago."""
+    terminal = sys.stderr.isatty()
+    now = time.monotonic()
+    wait = _TERMINAL_SECONDS if terminal else _PLAIN_SECONDS
+    if now - self._shown < wait or done <= self._first:
+      return
+    self._shown = now
+    rate = (done - self._first) / (now - self._began)
+    left = duration((self._total - done) / rate)
+    line = (
+      f'{self._label}  {done}/{self._total}  '
+      f'{rate * self._per_count:,.0f} images/s  {left} left  {note}'
+    )
+    if terminal:
+      print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
+    else:
+      print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+  """75 -> '1:15', 4000 -> '1:06:40'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours}:{minutes:02d}:{seconds:02d}'
+  return f'{minutes}:{seconds:02d}'

@@ -1,0 +1,33 @@
+"""The fields that every stage has, whatever it trains."""
+
+from dataclasses import dataclass
+
+from rocl_jax import optim
+from rocl_jax.settings import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+  """Length, batch and optimiser of a stage.
+
+  Attributes:
+    total_epochs: passes over the training set; each drops its last partial
+      batch. 0 hands on what the stage starts from.
+    batch_size: examples in a step, over all devices.
+    eval_epochs: evaluate every so many epochs, and after the last; 0 for
+      never during training.
+    optimizer: see `optim.Settings`; every stage starts a fresh one.
+    segments: times that a per-epoch schedule starts over.
+  """
+
+  total_epochs: int
+  batch_size: int
+  eval_epochs: int
+  optimizer: optim.Settings
+  segments: int = 1
+
+  def __post_init__(self):
+    at_least('total_epochs', self.total_epochs, 0)
+    at_least('batch_size', self.batch_size, 1)
+    at_least('eval_epochs', self.eval_epochs, 0)
+    at_least('segments', self.segments, 1)

@@ -1,0 +1,519 @@
+"""Data sources: values, order, held-out images, and what bad input says."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rocl_jax import data
+from rocl_jax.data import archive, binary, tfds
+from rocl_jax.data.records import CIFAR10_CLASSES
+from rocl_jax.errors import UserError, nearest
+
+FILES = binary.TRAIN_FILES + binary.TEST_FILES
+
+
+def records(count, seed):
+  """Official records with random content."""
+  rng = np.random.default_rng(seed)
+  rows = rng.integers(0, 256, (count, binary.RECORD_BYTES), np.uint8)
+  rows[:, 0] %= 10
+  return rows
+
+
+@pytest.fixture
+def batches(tmp_path):
+  """A folder in the official layout, files of unequal length."""
+  folder = tmp_path / 'batches'
+  folder.mkdir()
+  for i, name in enumerate(FILES):
+    (folder / name).write_bytes(records(i + 2, i).tobytes())
+  return folder
+
+
+def pack(path, members):
+  """Writes a tar.gz of (name or TarInfo, content) pairs."""
+  with tarfile.open(path, 'w:gz') as tar:
+    for member, content in members:
+      info = tarfile.TarInfo(member) if isinstance(member, str) else member
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+
+
+def pack_batches(path, folder):
+  inside = [
+    (f'{binary.FOLDER}/{name}', (folder / name).read_bytes()) for name in FILES
+  ]
+  pack(path, [(f'{binary.FOLDER}/readme.html', b'<html>'), *inside])
+
+
+def says(message, call, *args):
+  """Asserts that the call raises a one-line UserError matching `message`."""
+  with pytest.raises(UserError, match=message) as caught:
+    call(*args)
+  assert '\n' not in str(caught.value)
+  assert re.match(r'data\.\w+: ', str(caught.value))
+
+
+def same(a, b):
+  for name in ('train', 'validation', 'test'):
+    for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+      np.testing.assert_array_equal(x, y)
+      assert x.dtype == y.dtype
+  assert a.name == b.name and a.class_names == b.class_names
+
+
+# ------------------------------------------------------- common to all sources
+
+
+def test_nearest():
+  assert nearest('digit', ['tfds', 'digits']) == " (did you mean 'digits'?)"
+  assert nearest('imagenet', ['tfds', 'digits']) == ''
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (('digit', '', 0), r"data.source: 'digit' is unknown.*'digits'"),
+    (('digits', '', -1), r'data.validation: -1; wanted 0 or more'),
+    (('binary', '', 0), r"data.directory: '' is empty; wanted"),
+    (('folder', '/no/such', 0), r'/no/such does not exist; wanted'),
+    (('binary', __file__, 0), r'is not a folder; wanted'),
+    (('tfds', __file__, 0), r'is not a folder; wanted'),
+    (('tfds', 'gs://bucket/data', 0), r'is not a folder; wanted'),
+  ],
+)
+def test_check(arguments, message):
+  says(message, data.check, *arguments)
+  says(message, data.load, *arguments)
+
+
+def test_validation_is_a_fixed_growing_prefix():
+  whole = data.load('digits', '', 0)
+  small = data.load('digits', '', 100)
+  large = data.load('digits', '', 101)
+  assert len(whole.validation.labels) == len(whole.validation.images) == 0
+  assert (len(whole.train.labels), len(whole.test.labels)) == (1437, 360)
+  # Literal: the held-out images may never change between versions.
+  order = np.random.RandomState(19620827).permutation(1437)
+  assert order[:5].tolist() == [310, 433, 662, 1253, 513]
+  for dataset, count in ((small, 100), (large, 101)):
+    np.testing.assert_array_equal(
+      dataset.validation.images, whole.train.images[order[:count]]
+    )
+    np.testing.assert_array_equal(
+      dataset.train.images, np.delete(whole.train.images, order[:count], 0)
+    )
+    np.testing.assert_array_equal(
+      dataset.train.labels, np.delete(whole.train.labels, order[:count])
+    )
+  says('1437 of 1437 training images', data.load, 'digits', '', 1437)
+  assert len(data.load('digits', '', 1436).train.labels) == 1
+
+
+def test_digits():
+  from sklearn.datasets import load_digits
+
+  digits = data.load('digits', 'ignored', 0)
+  images = np.concatenate([digits.train.images, digits.test.images])
+  labels = np.concatenate([digits.train.labels, digits.test.labels])
+  assert images.dtype == np.uint8 and labels.dtype == np.int32
+  assert images.shape == (1797, 8, 8, 3) and images.max() == 255
+  assert (images == images[..., :1]).all()
+  # Every digit once: grey levels back to 0..16, as a multiset of rows.
+  grey = np.round(images[..., 0].reshape(-1, 64) * (16 / 255)).astype(int)
+  official = load_digits()
+  mine = np.column_stack([grey, labels])
+  theirs = np.column_stack([official.data.astype(int), official.target])
+  assert sorted(mine.tolist()) == sorted(theirs.tolist())
+
+
+# ----------------------------------------------------------------------- binary
+
+
+def test_binary(batches):
+  dataset = data.load('binary', str(batches), 0)
+  rows = np.concatenate([records(i + 2, i) for i in range(5)])
+  assert dataset.train.images.shape == (20, 32, 32, 3)
+  assert dataset.class_names == CIFAR10_CLASSES and dataset.name == 'cifar10'
+  np.testing.assert_array_equal(dataset.train.labels, rows[:, 0])
+  np.testing.assert_array_equal(dataset.test.labels, records(7, 5)[:, 0])
+  n, row, column, channel = 13, 5, 17, 2
+  assert (
+    dataset.train.images[n, row, column, channel]
+    == rows[n, 1 + 1024 * channel + 32 * row + column]
+  )
+  batches.rename(batches.parent / binary.FOLDER)
+  same(dataset, data.load('binary', str(batches.parent), 0))
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (None, r'data_batch_3.bin not found'),
+    (b'', r'data_batch_3.bin has 0 bytes; wanted a positive multiple of 3073'),
+    (bytes(3072), r'data_batch_3.bin has 3072 bytes'),
+    (
+      bytes(3073) + b'\x0a' + bytes(3072),
+      r'data_batch_3.bin has label 10 in record 1 \(from 0\); wanted 0..9',
+    ),
+  ],
+)
+def test_bad_binary(batches, content, message):
+  path = batches / 'data_batch_3.bin'
+  path.unlink() if content is None else path.write_bytes(content)
+  says(message, data.load, 'binary', str(batches), 0)
+  if content is None or len(content) % 3073 or not content:
+    says(message, data.check, 'binary', str(batches), 0)
+
+
+# ----------------------------------------------------------------------- folder
+
+
+def picture(path, value, size=(4, 4), mode='RGB'):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """Classes b (2 training images) and a (3), in grey, palette and RGB."""
+  root = tmp_path / 'pictures'
+  picture(root / 'train/b/0.png', 10, mode='L')
+  picture(root / 'train/b/1.PNG', (20, 21, 22))
+  picture(root / 'train/a/x.png', (30, 31, 32))
+  picture(root / 'train/a/y.jpeg', (40, 40, 40))
+  picture(root / 'train/a/z.png', (50, 51, 52))
+  (root / 'test/a').mkdir(parents=True)
+  palette = Image.new('RGB', (4, 4), (60, 61, 62)).quantize()
+  palette.save(root / 'test/a/0.png')
+  picture(root / 'test/b/0.jpg', (70, 70, 70))
+  (root / 'train/b/.hidden').write_text('')
+  return root
+
+
+def test_folder(pictures):
+  dataset = data.load('folder', str(pictures), 0)
+  assert dataset.name == 'pictures' and dataset.class_names == ('a', 'b')
+  # Classes take turns until the larger one is alone.
+  assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0]
+  assert dataset.test.labels.tolist() == [0, 1]
+  assert dataset.train.images.shape == (5, 4, 4, 3)
+  assert dataset.train.images[:, 1, 2].tolist() == [
+    [30, 31, 32],
+    [10, 10, 10],
+    [40, 40, 40],
+    [20, 21, 22],
+    [50, 51, 52],
+  ]
+  assert dataset.test.images[:, 0, 3].tolist() == [[60, 61, 62], [70, 70, 70]]
+
+
+def test_folder_of_cifar10_keeps_its_labels(tmp_path):
+  for label, name in enumerate(CIFAR10_CLASSES):
+    for split in ('train', 'test'):
+      picture(tmp_path / split / name / '0.png', (label, 0, 0))
+  dataset = data.load('folder', str(tmp_path), 0)
+  assert dataset.name == 'cifar10'
+  assert dataset.test.images[:, 0, 0, 0].tolist() == list(range(10))
+  assert dataset.test.labels.tolist() == list(range(10))
+
+
+def _cut(root):
+  noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(noise).save(out, 'PNG')
+  (root / 'train/a/y.jpeg').write_bytes(out.getvalue()[:60])
+
+
+@pytest.mark.parametrize(
+  ('break_it', 'message', 'cheap'),
+  [
+    (lambda r: (r / 'test').rename(r / 'val'), r'test cannot be read', True),
+    (
+      lambda r: picture(r / 'train/c/0.png', 0, mode='L'),
+      r'has train/c but no test/c; wanted the same classes',
+      True,
+    ),
+    (
+      lambda r: (r / 'train/c').symlink_to(r / 'train/a'),
+      r'train/c is not a folder.*no links',
+      True,
+    ),
+    (
+      lambda r: (r / 'train/a/w.png').symlink_to(r / 'train/a/x.png'),
+      r'train/a/w.png is not a regular',
+      False,
+    ),
+    (
+      lambda r: (r / 'train/a/w.gif').write_bytes(b'GIF89a'),
+      r'train/a/w.gif is not a regular .jpg, .jpeg or .png',
+      False,
+    ),
+    (
+      lambda r: [p.unlink() for p in (r / 'test/b').iterdir()],
+      r'test/b is empty',
+      False,
+    ),
+    (
+      lambda r: picture(r / 'train/b/1.PNG', 0, size=(5, 4)),
+      r'b/1.PNG is 5x4 pixels but .*a/x.png is 4x4; wanted one size',
+      False,
+    ),
+    (
+      lambda r: picture(r / 'train/b/1.PNG', 0, mode='I;16'),
+      r'b/1.PNG has mode I;16',
+      False,
+    ),
+    (
+      lambda r: (r / 'train/a/y.jpeg').write_bytes(b'<html>'),
+      r'a/y.jpeg cannot be decoded',
+      False,
+    ),
+    (_cut, r'a/y.jpeg cannot be decoded', False),
+  ],
+)
+def test_bad_folder(pictures, break_it, message, cheap):
+  break_it(pictures)
+  says(message, data.load, 'folder', str(pictures), 0)
+  if cheap:
+    says(message, data.check, 'folder', str(pictures), 0)
+
+
+# ------------------------------------------------------------- tfds and archive
+
+
+def info(path):
+  from tensorflow_datasets.core.download.checksums import compute_url_info
+
+  return compute_url_info(path)
+
+
+@pytest.fixture
+def accept(monkeypatch):
+  """accept(path, url): makes `path` the official archive, found at `url`."""
+
+  def accept_(path, url=None):
+    cls = tfds.builder_class()
+    official = cls.__mro__[1]._cifar_info.fget(
+      type('Name', (), {'name': 'cifar10'})()
+    )
+    fake = official if url is None else official._replace(url=url)
+    monkeypatch.setattr(cls, '_cifar_info', fake, raising=False)
+    monkeypatch.setattr(cls, 'url_infos', {fake.url: info(path)})
+
+  return accept_
+
+
+@contextlib.contextmanager
+def serve(folder):
+  """Serves a folder over HTTP; yields the address of the archive in it."""
+
+  class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+      pass
+
+  handler = functools.partial(Quiet, directory=str(folder))
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/{archive.NAME}'
+    server.shutdown()
+
+
+def files_in(folder):
+  return sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
+
+
+def test_tfds_equals_binary(batches, tmp_path, accept):
+  root = tmp_path / 'tfds'
+  (root / 'downloads/manual').mkdir(parents=True)
+  path = root / 'downloads/manual' / archive.NAME
+  pack_batches(path, batches)
+  accept(path)
+  expected = data.load('binary', str(batches), 3)
+  same(data.load('tfds', str(root), 3), expected)
+  path.unlink()  # from now on the prepared files serve
+  same(data.load('tfds', str(root), 3), expected)
+  assert not [name for name in files_in(root) if 'incomplete' in name]
+  assert (root / 'cifar10/3.0.2/dataset_info.json').is_file()
+  # TFDS itself reads them, in its own order.
+  import tensorflow_datasets
+
+  source = tensorflow_datasets.data_source(
+    'cifar10', data_dir=str(root), split='test'
+  )
+  assert len(source) == 7
+  for example in source:
+    i = int(example['id'].decode().removeprefix('test_'))
+    np.testing.assert_array_equal(example['image'], expected.test.images[i])
+
+
+def test_tfds_never_imports_tensorflow(batches, tmp_path):
+  path = tmp_path / archive.NAME
+  pack_batches(path, batches)
+  # An installed TensorFlow that must not be touched.
+  trap = tmp_path / 'site/tensorflow/__init__.py'
+  trap.parent.mkdir(parents=True)
+  trap.write_text('raise AssertionError("tensorflow was imported")')
+  repository = Path(data.__file__).parents[2]
+  code = """if True:
+    import sys
+    from rocl_jax import data
+    from rocl_jax.data import tfds
+    from tensorflow_datasets.core.download import checksums
+    cls, (root, path) = tfds.builder_class(), sys.argv[1:]
+    url = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+    cls.url_infos = {url: checksums.compute_url_info(path)}
+    data.check('tfds', root, 0)
+    assert data.load('tfds', root, 0).train.images.shape == (20, 32, 32, 3)
+    assert 'tensorflow' not in sys.modules
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', code, str(tmp_path), str(path)],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': f'{repository}:{trap.parents[1]}'},
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == done.stderr == ''  # nothing but our own words
+
+
+def test_tfds_refuses_another_archive(batches, tmp_path):
+  path = tmp_path / archive.NAME
+  pack_batches(path, batches)
+  before = files_in(tmp_path)
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  says(
+    rf'{archive.NAME} has SHA-256 {digest}; wanted '
+    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd',
+    *(data.load, 'tfds', str(tmp_path), 0),
+  )
+  assert files_in(tmp_path) == before
+
+
+def test_tfds_downloads(batches, tmp_path, accept):
+  site, root = tmp_path / 'site', tmp_path / 'tfds'
+  site.mkdir()
+  pack_batches(site / archive.NAME, batches)
+  with serve(site) as url:
+    accept(site / archive.NAME, url)
+    good = (site / archive.NAME).read_bytes()
+    (site / archive.NAME).write_bytes(b'<html>Please log in</html>')
+    says(r'has SHA-256 \w+; wanted \w+', data.load, 'tfds', str(root), 0)
+    assert files_in(root) == []
+    (site / archive.NAME).write_bytes(good)
+    expected = data.load('binary', str(batches), 0)
+    same(data.load('tfds', str(root), 0), expected)
+    (site / archive.NAME).unlink()
+    says('HTTP status 404', data.load, 'tfds', str(tmp_path / 'new'), 0)
+
+
+def test_tfds_offline_fails_fast(batches, tmp_path, accept, monkeypatch):
+  path = batches / FILES[0]  # never read
+  root = tmp_path / 'tfds'
+  message = rf'wanted {root / archive.NAME} or a network; data.source=binary\|'
+  with socket.socket() as bound:  # not listening: the connection is refused
+    bound.bind(('127.0.0.1', 0))
+    accept(path, f'http://127.0.0.1:{bound.getsockname()[1]}/a.tar.gz')
+    says(message, data.load, 'tfds', str(root), 0)
+    bound.listen()  # now it connects, and nothing answers
+    monkeypatch.setattr(tfds, '_PROBE_SECONDS', 0.4)
+    start = time.monotonic()
+    says(message, data.load, 'tfds', str(root), 0)
+    assert time.monotonic() - start < 5
+  assert not root.exists()
+
+
+def test_tfds_explains_what_it_cannot_read(batches, tmp_path, accept):
+  path = tmp_path / archive.NAME
+  pack_batches(path, batches)
+  accept(path)
+  data.load('tfds', str(tmp_path), 0)
+  folder = tmp_path / 'cifar10/3.0.2'
+  (records_file,) = folder.glob('*train.array_record*')
+  content = bytearray(records_file.read_bytes())
+  content[5000] ^= 1  # inside a record
+  records_file.write_bytes(content)
+  says(
+    'train files in .* cannot be read .*remove that folder',
+    *(data.load, 'tfds', str(tmp_path), 0),
+  )
+  # What the ordinary TFDS prepares.
+  about = folder / 'dataset_info.json'
+  about.write_text(about.read_text().replace('array_record', 'tfrecord'))
+  message = 'is in the tfrecord format.*wanted array_record: remove that folder'
+  says(message, data.check, 'tfds', str(tmp_path), 0)
+
+
+def _link(kind, name, target):
+  member = tarfile.TarInfo(name)
+  member.type, member.linkname = kind, target
+  return member
+
+
+@pytest.mark.parametrize(
+  ('extra', 'message'),
+  [
+    (('../evil.bin', b'x'), r"'../evil.bin', a link, a device or a path out"),
+    (('/etc/evil.bin', b'x'), r"'/etc/evil.bin', a link"),
+    (
+      (_link(tarfile.SYMTYPE, f'{binary.FOLDER}/link', '/etc/passwd'), b''),
+      r'link.*wanted plain files only',
+    ),
+    (
+      (_link(tarfile.LNKTYPE, f'{binary.FOLDER}/link', '/etc/passwd'), b''),
+      r'link.*wanted plain files only',
+    ),
+    ((f'{binary.FOLDER}/{FILES[2]}', b'x'), rf'{FILES[2]} has 1 bytes'),
+  ],
+)
+def test_archive_refuses(batches, tmp_path, extra, message):
+  path = tmp_path / archive.NAME
+  inside = [
+    (f'{binary.FOLDER}/{name}', (batches / name).read_bytes()) for name in FILES
+  ]
+  pack(path, [*inside, extra])
+  says(message, archive.read, path)
+
+
+def test_archive_damaged(batches, tmp_path):
+  path = tmp_path / archive.NAME
+  pack(path, [(f'{binary.FOLDER}/{FILES[0]}', bytes(3073))])
+  says(rf'holds no {binary.FOLDER}/{FILES[1]}', archive.read, path)
+  pack_batches(path, batches)
+  content = path.read_bytes()
+  for bad in (content[: len(content) // 2], b'<html>', b''):
+    path.write_bytes(bad)
+    says(r'cannot be read', archive.read, path)
+
+
+@pytest.mark.cifar
+@pytest.mark.skipif(
+  'ROCL_CIFAR_DIR' not in os.environ, reason='needs ROCL_CIFAR_DIR'
+)
+def test_real_cifar10(tmp_path, accept):
+  folder = Path(os.environ['ROCL_CIFAR_DIR'])
+  dataset = data.load('binary', str(folder), 100)
+  assert dataset.test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+  whole = data.load('binary', str(folder), 0)
+  assert whole.train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+  assert whole.train.images[0, 0, 0].tolist() == [59, 62, 63]
+  path = tmp_path / archive.NAME
+  pack_batches(path, folder)
+  accept(path)
+  same(data.load('tfds', str(tmp_path), 100), dataset)
