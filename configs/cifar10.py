@@ -25,7 +25,7 @@ def follow(section: ConfigDict) -> ConfigDict:
     {
       name: follow(section[name])
       if isinstance(section[name], ConfigDict)
-      else section.get_ref(name)
+      else section.get_ref(name).identity()
       for name in section
     }
   )

@@ -21,6 +21,7 @@ def get_config(argument: str = 'paper') -> ConfigDict:
     raise ValueError(f'no suite {argument!r}; there is {", ".join(SUITES)}')
   c = ConfigDict()
   c.seed = 0
+  c.split = 'test'  # or validation
 
   # Empty fields: as the model was trained.
   c.data = ConfigDict()

@@ -35,7 +35,9 @@ def views(
     apply = jax.random.bernoulli(jittered, 0.8)
     image = jnp.where(apply, color_jitter(image, jitter), image)
     to_grey = jax.random.bernoulli(grey, 0.2)
-    image = jnp.where(to_grey, jnp.broadcast_to(luma(image), image.shape), image)
+    image = jnp.where(
+      to_grey, jnp.broadcast_to(luma(image), image.shape), image
+    )
     return random_resized_crop(random_flip(image, flip), crop, crop_scale)
 
   return _each(view, images, key)
@@ -73,7 +75,9 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def _each(function, images, key):
-  return jax.vmap(function)(to_float(images), jax.random.split(key, len(images)))
+  return jax.vmap(function)(
+    to_float(images), jax.random.split(key, len(images))
+  )
 
 
 def random_flip(image: jax.Array, key: jax.Array) -> jax.Array:
@@ -144,8 +148,10 @@ def random_resized_crop(
   """
   height, width = image.shape[:2]
   scale_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-  area = height * width * jax.random.uniform(
-    scale_key, (10,), minval=min_scale, maxval=1.0
+  area = (
+    height
+    * width
+    * jax.random.uniform(scale_key, (10,), minval=min_scale, maxval=1.0)
   )
   log_ratio = jax.random.uniform(
     ratio_key, (10,), minval=jnp.log(3 / 4), maxval=jnp.log(4 / 3)

@@ -90,7 +90,8 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
   with ocp.StandardCheckpointer() as checkpointer:
     path = directory.resolve() / 'variables'
     like = jax.tree.map(
-      lambda x: np.empty(x.shape, x.dtype), checkpointer.metadata(path).item_metadata
+      lambda x: np.empty(x.shape, x.dtype),
+      checkpointer.metadata(path).item_metadata,
     )
     variables = _flat_masks(checkpointer.restore(path, like))
   params = flatten(variables['params'])

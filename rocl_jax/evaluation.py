@@ -31,6 +31,8 @@ from rocl_jax.models import Model
 from rocl_jax.settings import FieldError, at_least, one_of, parse
 from rocl_jax.types import Variables
 
+Array = jax.Array | np.ndarray
+
 OBJECTIVES = {'cross_entropy': losses.cross_entropy, 'margin': losses.margin}
 
 
@@ -64,7 +66,9 @@ class EvaluationAttacks(dict[str, EvaluationAttack]):
   ) -> 'EvaluationAttacks':
     """Reads the section; an attack without `eps` gets that of `around`."""
     if not isinstance(section, Mapping):
-      raise UserError(f'{where}: found {section!r}, wanted a section of attacks')
+      raise UserError(
+        f'{where}: found {section!r}, wanted a section of attacks'
+      )
 
     def attack(name, fields):
       fields, there = dict(fields), f'{where}.{name}'
@@ -119,12 +123,12 @@ class Outcome(NamedTuple):
     clean_prediction, adversarial_prediction: the classes.
   """
 
-  clean_top1: np.ndarray
-  clean_top5: np.ndarray
-  robust_top1: np.ndarray
-  robust_top5: np.ndarray
-  clean_prediction: np.ndarray
-  adversarial_prediction: np.ndarray
+  clean_top1: Array
+  clean_top5: Array
+  robust_top1: Array
+  robust_top5: Array
+  clean_prediction: Array
+  adversarial_prediction: Array
 
   def percent(self, field: str) -> float:
     """The mean of a field over the images, in percent."""
@@ -195,7 +199,9 @@ def evaluator(
       for start in range(0, n, size)
     ]
     parts = jax.device_get(parts)
-    return Outcome(*(np.concatenate(field)[:n] for field in zip(*parts)))
+    return Outcome(
+      *(np.concatenate(field)[:n] for field in zip(*parts, strict=True))
+    )
 
   def examples(variables, split, seed, count):
     n = len(split.labels)
@@ -207,6 +213,16 @@ def evaluator(
     return Outcome(*(field[:count] for field in first)), clean, x_adv[:count]
 
   return Evaluator(attack, outcome, examples)
+
+
+def cut(splits: dict[str, Split], examples: int) -> dict[str, Split]:
+  """The splits that are not empty, cut to the first `examples` (0 for all)."""
+  count = examples or None
+  return {
+    name: Split(split.images[:count], split.labels[:count])
+    for name, split in splits.items()
+    if len(split.labels)
+  }
 
 
 def _in_top(logits, labels, k):

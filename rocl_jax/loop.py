@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax import lax
 from jax.sharding import Mesh
 
-from rocl_jax import checkpoint, compiled, metrics, optim
+from rocl_jax import checkpoint, compiled, metrics, optim, results
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed
 from rocl_jax.mesh import replicated, split
@@ -154,10 +153,7 @@ def run_stage(run: StageRun) -> Variables:
   start_key, order_key, step_key = jax.random.split(
     stage_key(run.seed, run.name), 3
   )
-  data = jax.device_put(
-    Batch(np.asarray(run.train.images), np.asarray(run.train.labels)),
-    everywhere,
-  )
+  data = jax.device_put(Batch(*run.train), everywhere)
   one_step = make_step(stage, optimizer, run.mesh)
   order_of = jax.jit(
     lambda epoch: epoch_order(order_key, epoch, n, batch_size),
@@ -206,7 +202,7 @@ def run_stage(run: StageRun) -> Variables:
   while done < total:
     order = order_of(epoch)
     began, began_at = time.monotonic(), done
-    loss = None
+    loss: jax.Array | None = None
     while done < (epoch + 1) * steps_per_epoch:
       previous = loss
       state, loss = train_step(state, data, order, step_key)
@@ -222,7 +218,9 @@ def run_stage(run: StageRun) -> Variables:
     row = {'epoch': epoch, 'step': done} | dict(sorted(row.items()))
     row['learning_rate'] = float(rate(done - 1))
     row['seconds'] = round(seconds, 3)
-    row['images_per_second'] = round((done - began_at) * batch_size / seconds, 1)
+    row['images_per_second'] = round(
+      (done - began_at) * batch_size / seconds, 1
+    )
     if not np.isfinite(row['loss']):
       raise RunFailed(
         f'{run.label}: the loss is {row["loss"]} in epoch {epoch}; the last '
@@ -258,8 +256,14 @@ def run_stage(run: StageRun) -> Variables:
 
 
 def _publish(run, variables, selection, epoch, directory):
-  about = run.about | {'selection': selection, 'epoch': epoch}
-  checkpoint.save_model(directory, jax.device_get(variables), about)
+  variables = jax.device_get(variables)
+  about = run.about | {
+    'selection': selection,
+    'epoch': epoch,
+    'layers': results.layers(variables),
+    'sparsity': results.sparsity(variables) if 'masks' in variables else 0.0,
+  }
+  checkpoint.save_model(directory, variables, about)
 
 
 def _line(run, row):

@@ -5,9 +5,9 @@
   pruned = apply(params, masks)
 
 All of these are flat dicts by path ('encoder/stem/kernel'); scores and masks
-hold only the tensors that are pruned. `keep` is the kept fraction, the same in every layer;
-the published code's rule decides the count. A mask is exact: never one entry
-more or less, and among equal scores the earlier entry stays.
+hold only the tensors that are pruned. `keep` is the kept fraction, the same
+in every layer; the published code's rule decides the count. A mask is exact:
+never one entry more or less, and among equal scores the earlier entry stays.
 """
 
 import functools

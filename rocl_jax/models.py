@@ -3,10 +3,10 @@
   settings = Settings(name='resnet18', width=64, dtype='float32')
   model = build(settings, num_classes=10)
   variables = model.init(key, image_shape=(32, 32, 3))
-  logits = model.predict(variables, images)            # running BN statistics
-  logits, moments = model.train(variables, images)     # BN statistics of the batch
+  logits = model.predict(variables, images)         # running BN statistics
+  logits, moments = model.train(variables, images)  # statistics of the batch
   statistics = update_statistics(variables['batch_stats'], [moments])
-  frozen = model.prepare(variables)                    # what an attack sees
+  frozen = model.prepare(variables)                 # what an attack sees
   logits = frozen(images)
 
 Variables are a plain dict {'params': {part: ...}, 'batch_stats': {...}}. The

@@ -13,53 +13,44 @@ The same command after an interruption goes on where it stopped: stages with
 a model are skipped, an unfinished one resumes from its last save.
 """
 
+import functools
 import json
-import subprocess
-from importlib import metadata
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rocl_jax import checkpoint, evaluation, loop, models
+from rocl_jax import checkpoint, evaluation, loop, models, results
 from rocl_jax.data import Dataset, Split, load
 from rocl_jax.errors import UserError
-from rocl_jax.experiment import (
-  Experiment,
-  Run,
-  parse_experiment,
-  stage_folder,
-)
+from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
 from rocl_jax.files import write_json
 from rocl_jax.mesh import check_batch, make_mesh
 from rocl_jax.progress import say
 from rocl_jax.stages import STAGES
+from rocl_jax.training import Training
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
 
-Record = dict[str, Any]
-
 _EXAMPLES = 8  # images in examples.json
-# What identifies a record; a newer one with the same values replaces it.
-_IDENTITY = ('run', 'stage', 'selection', 'split', 'attack', 'eps', 'n')
 
 
-def run(config: ConfigDict, workdir: str) -> list[Record]:
+def run(config: ConfigDict, workdir: str) -> list[results.Record]:
   """Runs an experiment, or what is left of it.
 
   Args:
     config: see `experiment`; checked before any device work.
-    workdir: the folder of all results; made if it is missing.
+    workdir: the folder of everything that is written; made if missing.
 
   Returns:
     The records of `results.json`.
 
   Raises:
     UserError: a mistake in the config, or a workdir that holds another run.
-    RunFailed: training failed its own checks.
+    RunFailed: training or evaluation failed its own checks.
   """
   experiment = parse_experiment(config)
   root = epath.Path(workdir).resolve()
@@ -67,14 +58,207 @@ def run(config: ConfigDict, workdir: str) -> list[Record]:
   settings = experiment.data
   dataset = load(settings.source, settings.dir, settings.validation)
   _check_sizes(experiment, dataset)
-  write_json(root / 'config.json', config.copy_and_resolve_references().to_dict())
   mesh = make_mesh()
-  for one in experiment.runs:
-    _Runner(experiment, one, dataset, mesh, root).run_stages()
-  return read_results(root / 'results.json')
+  chains = [
+    make_chain(experiment, r, dataset, mesh, root) for r in experiment.runs
+  ]
+  for chain in chains:
+    _check_requests(chain)
+  write_json(
+    root / 'config.json', config.copy_and_resolve_references().to_dict()
+  )
+  for chain in chains:
+    run_chain(chain)
+  return results.read(root / 'results.json')
 
 
-def _check_workdir(root):
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+  """One run, ready to go.
+
+  Attributes:
+    run: its stages and settings.
+    root: the work directory.
+    directory: the folder of its stages.
+    dataset: the images.
+    mesh: the devices.
+    model: the network.
+    evaluators: the attacks that every model meets; the first one also selects.
+    splits: the evaluation images, by name.
+    save_steps: steps between saves.
+    tensorboard: whether to write scalars for it.
+  """
+
+  run: Run
+  root: epath.Path
+  directory: epath.Path
+  dataset: Dataset
+  mesh: Mesh
+  model: models.Model
+  evaluators: tuple[evaluation.Evaluator, ...]
+  splits: dict[str, Split]
+  save_steps: int
+  tensorboard: bool
+
+  @property
+  def stages(self) -> list[tuple[str, Training, epath.Path]]:
+    """Name, section and folder of each stage."""
+    return [
+      (name, settings, self.directory / stage_folder(i, name))
+      for i, (name, settings) in enumerate(self.run.stages)
+    ]
+
+
+def make_chain(
+  experiment: Experiment,
+  run: Run,
+  dataset: Dataset,
+  mesh: Mesh,
+  root: epath.Path,
+) -> Chain:
+  """Builds a run's network and evaluation; compiles nothing yet."""
+  model = models.build(run.model, len(dataset.class_names))
+  settings = experiment.eval
+  splits = {'validation': dataset.validation, 'test': dataset.test}
+  return Chain(
+    run=run,
+    root=root,
+    directory=root if run is experiment.runs[0] else root / run.name,
+    dataset=dataset,
+    mesh=mesh,
+    model=model,
+    evaluators=tuple(
+      evaluation.evaluator(model, attack, mesh, settings.batch_size)
+      for attack in settings.selected
+    ),
+    splits=evaluation.cut(splits, settings.examples),
+    save_steps=experiment.save_steps,
+    tensorboard=experiment.tensorboard,
+  )
+
+
+def run_chain(chain: Chain) -> None:
+  """Runs the stages that have no model yet, and evaluates what is new."""
+  variables = _first_variables(chain)
+  _rehearse(chain, variables)
+  for name, settings, directory in chain.stages:
+    if checkpoint.is_model(directory / 'model'):
+      variables, _ = checkpoint.load_model(directory / 'model')
+      say(f'{chain.run.name}/{name}: finished before')
+    else:
+      _write_request(chain, name, directory)
+      variables = _train(chain, name, settings, variables, directory)
+    if 'head' in variables['params']:
+      _evaluate(chain, directory)
+
+
+def _first_variables(chain: Chain) -> Variables:
+  """Fresh weights, or those of the model that `init_from` names."""
+  shape = chain.dataset.train.images.shape[1:]
+  key = loop.stage_key(chain.run.seed, 'init')
+  fresh = jax.jit(chain.model.init, static_argnums=1)(key, shape)
+  start = chain.run.init_from
+  if not start:
+    return fresh
+  stage = chain.root / start / 'model'
+  path = stage if checkpoint.is_model(stage) else epath.Path(start)
+  variables, _ = checkpoint.load_model(path)
+  wanted = {k: x.shape for k, x in flatten(fresh['params']).items()}
+  for name, x in flatten(variables['params']).items():
+    if wanted.get(name) != x.shape:
+      raise UserError(
+        f'config.init_from: {path} does not fit the network: its {name} is '
+        f'{x.shape}, wanted {wanted.get(name, "no such weight")}'
+      )
+  return variables
+
+
+def _rehearse(chain: Chain, variables: Variables) -> None:
+  """Walks the chain on shapes alone: does each stage get what it needs?"""
+  upstream = chain.run.init_from or 'a fresh network'
+  for name, settings, _ in chain.stages:
+    try:
+      variables = _outcome(chain, name, settings, variables)
+    except KeyError as e:
+      raise UserError(
+        f'config.stages: {name} can not start from {upstream}, which has no '
+        f'{e.args[0]}'
+      ) from None
+    upstream = name
+
+
+def _outcome(chain, name, settings, upstream):
+  """The shapes of what a stage hands on."""
+  stage = STAGES[name].stage(chain.model, settings)
+  trained = jax.eval_shape(stage.start, upstream, jax.random.key(0))
+  return jax.eval_shape(stage.finish, trained)
+
+
+def _train(
+  chain: Chain,
+  name: str,
+  settings: Training,
+  upstream: Variables,
+  directory: epath.Path,
+) -> Variables:
+  has_head = 'head' in _outcome(chain, name, settings, upstream)['params']
+  dataset = chain.dataset
+  return loop.run_stage(
+    loop.StageRun(
+      name=name,
+      label=f'{chain.run.name}/{name}',
+      stage=STAGES[name].stage(chain.model, settings),
+      settings=settings,
+      upstream=upstream,
+      train=dataset.train,
+      seed=chain.run.seed,
+      mesh=chain.mesh,
+      directory=directory,
+      measure=functools.partial(_measure, chain) if has_head else None,
+      about={
+        'run': chain.run.name,
+        'stage': name,
+        'dataset': dataset.name,
+        'class_names': list(dataset.class_names),
+        'image_shape': list(dataset.train.images.shape[1:]),
+        'config': chain.run.config,
+        'versions': results.versions(),
+      },
+      save_steps=chain.save_steps,
+      tensorboard=chain.tensorboard,
+    )
+  )
+
+
+def _measure(chain: Chain, variables: Variables) -> dict[str, float]:
+  """Accuracies while training, under the first attack of the suite."""
+  row = {}
+  for name, split in chain.splits.items():
+    outcome = chain.evaluators[0].outcome(variables, split, chain.run.seed)
+    for field in ('clean_top1', 'robust_top1'):
+      row[f'{name}_{field}'] = outcome.percent(field)
+  return row
+
+
+def _evaluate(chain: Chain, directory: epath.Path) -> None:
+  """Evaluates the models of a stage, last and selected."""
+  seed, path = chain.run.seed, chain.root / 'results.json'
+  for folder in ('model', *loop.SELECTIONS):
+    if checkpoint.is_model(directory / folder):
+      results.evaluate_model(
+        directory / folder, chain.evaluators, chain.splits, seed, path
+      )
+  if not (directory / 'examples.json').exists():
+    results.write_examples(
+      directory / 'model',
+      chain.evaluators[0],
+      chain.dataset.test,
+      seed,
+      _EXAMPLES,
+    )
+
+
+def _check_workdir(root: epath.Path) -> None:
   try:
     root.mkdir(parents=True, exist_ok=True)
     probe = root / '.writable'
@@ -86,7 +270,7 @@ def _check_workdir(root):
     ) from None
 
 
-def _check_sizes(experiment, dataset):
+def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
   n, devices = len(dataset.train.labels), jax.device_count()
   for one in experiment.runs:
     for name, section in one.stages:
@@ -99,286 +283,33 @@ def _check_sizes(experiment, dataset):
       check_batch(field, section.batch_size, devices)
 
 
-class _Runner:
-  """One run: what its stages share, so that they can be told apart."""
+def _request(chain: Chain, stage: str) -> dict[str, Any]:
+  """The part of the config that decides what a stage's model is."""
+  config = chain.run.config
+  names = [name for name, _ in chain.run.stages]
+  request = {k: config[k] for k in ('seed', 'init_from', 'model')}
+  request['data'] = {k: v for k, v in config['data'].items() if k != 'dir'}
+  for name in names[: names.index(stage) + 1]:
+    request[name] = config[name]
+  return json.loads(json.dumps(request))
 
-  def __init__(
-    self,
-    experiment: Experiment,
-    run: Run,
-    dataset: Dataset,
-    mesh: Mesh,
-    root: epath.Path,
-  ):
-    self.experiment, self.run, self.dataset = experiment, run, dataset
-    self.mesh, self.root = mesh, root
-    is_main = run is experiment.runs[0]
-    self.directory = root if is_main else root / run.name
-    self.model = models.build(run.model, len(dataset.class_names))
-    settings = experiment.eval
-    self.evaluators = [
-      evaluation.evaluator(self.model, attack, mesh, settings.batch_size)
-      for attack in settings.selected
-    ]
 
-  def run_stages(self) -> None:
-    folders = [
-      self.directory / stage_folder(i, name)
-      for i, (name, _) in enumerate(self.run.stages)
-    ]
-    variables = self.first_variables()
-    self.rehearse(variables)
-    for (name, settings), directory in zip(self.run.stages, folders):
-      self.check_same_request(directory, name)
-      label = f'{self.run.name}/{name}'
-      if checkpoint.is_model(directory / 'model'):
-        variables, _ = checkpoint.load_model(directory / 'model')
-        say(f'{label}: finished before')
-      else:
-        variables = self.train(name, settings, variables, directory, label)
-      self.evaluate(name, directory, label)
+def _write_request(chain: Chain, stage: str, directory: epath.Path) -> None:
+  write_json(directory / 'request.json', _request(chain, stage))
 
-  def first_variables(self) -> Variables:
-    """Fresh weights, or those of the model that `init_from` names."""
-    shape = self.dataset.train.images.shape[1:]
-    key = loop.stage_key(self.run.seed, 'init')
-    fresh = jax.jit(self.model.init, static_argnums=1)(key, shape)
-    start = self.run.init_from
-    if not start:
-      return fresh
-    in_workdir = self.root / start / 'model'
-    is_stage = checkpoint.is_model(in_workdir)
-    path = in_workdir if is_stage else epath.Path(start)
-    variables, _ = checkpoint.load_model(path)
-    wanted, found = flatten(fresh['params']), flatten(variables['params'])
-    for name in found:
-      if name not in wanted or wanted[name].shape != found[name].shape:
-        raise UserError(
-          f'config.init_from: {path} does not fit the network: its {name} is '
-          f'{found[name].shape}, wanted '
-          f'{wanted[name].shape if name in wanted else "no such weight"}'
-        )
-    return variables
 
-  def rehearse(self, variables: Variables) -> None:
-    """Walks the chain on shapes alone, to find stages that do not fit."""
-    key, upstream = jax.random.key(0), 'a fresh network'
-    for name, settings in self.run.stages:
-      stage = STAGES[name].stage(self.model, settings)
-      try:
-        trained = jax.eval_shape(stage.start, variables, key)
-        variables = jax.eval_shape(stage.finish, trained)
-      except KeyError as e:
-        raise UserError(
-          f'config.stages: {name} can not start from {upstream}, which has no '
-          f'{e.args[0]}'
-        ) from None
-      if 'head' not in variables['params'] and 'projector' not in (
-        variables['params']
-      ):
-        raise AssertionError(f'{name} hands on neither head nor projector')
-      upstream = name
-
-  def check_same_request(self, directory: epath.Path, name: str) -> None:
-    """Refuses to go on with a folder that another config made."""
-    config = self.run.config
-    request = {k: config[k] for k in ('seed', 'init_from', 'data', 'model')}
-    request |= {'stages': list(config['stages'])}
-    for stage in config['stages'][: config['stages'].index(name) + 1]:
-      request[stage] = config[stage]
-    request = json.loads(json.dumps(request))
+def _check_requests(chain: Chain) -> None:
+  """Refuses to go on with a folder that another config made."""
+  for stage, _, directory in chain.stages:
     path = directory / 'request.json'
     if not path.exists():
-      write_json(path, request)
-      return
-    before, now = flatten(json.loads(path.read_text())), flatten(request)
+      continue
+    before = flatten(json.loads(path.read_text()))
+    now = flatten(_request(chain, stage))
     for field in sorted(before.keys() | now.keys()):
-      old, new = before.get(field), now.get(field)
-      if old != new:
+      if before.get(field) != now.get(field):
         raise UserError(
-          f'config.{field.replace("/", ".")}: found {new!r}, but {directory} '
-          f'was made with {old!r}; take another --workdir, or delete that '
-          'folder and those after it'
+          f'config.{field.replace("/", ".")}: found {now.get(field)!r}, but '
+          f'{directory} was made with {before.get(field)!r}; take another '
+          '--workdir, or delete that folder and those after it'
         )
-
-  def train(
-    self,
-    name: str,
-    settings: Any,
-    upstream: Variables,
-    directory: epath.Path,
-    label: str,
-  ) -> Variables:
-    stage = STAGES[name].stage(self.model, settings)
-    trained = jax.eval_shape(stage.start, upstream, jax.random.key(0))
-    has_head = 'head' in jax.eval_shape(stage.finish, trained)['params']
-    return loop.run_stage(
-      loop.StageRun(
-        name=name,
-        label=label,
-        stage=stage,
-        settings=settings,
-        upstream=upstream,
-        train=self.dataset.train,
-        seed=self.run.seed,
-        mesh=self.mesh,
-        directory=directory,
-        measure=self.measure if has_head else None,
-        about=self.about(name),
-        save_steps=self.experiment.save_steps,
-        tensorboard=self.experiment.tensorboard,
-      )
-    )
-
-  def about(self, stage: str) -> Record:
-    """What goes with every model: enough to rebuild and to judge it."""
-    dataset = self.dataset
-    return {
-      'run': self.run.name,
-      'stage': stage,
-      'dataset': dataset.name,
-      'class_names': list(dataset.class_names),
-      'image_shape': list(dataset.train.images.shape[1:]),
-      'config': self.run.config,
-      'versions': versions(),
-    }
-
-  def splits(self) -> dict[str, Split]:
-    """The evaluation splits that are not empty, cut to `eval.examples`."""
-    count = self.experiment.eval.examples or None
-    splits = {'validation': self.dataset.validation, 'test': self.dataset.test}
-    return {
-      name: Split(split.images[:count], split.labels[:count])
-      for name, split in splits.items()
-      if len(split.labels)
-    }
-
-  def measure(self, variables: Variables) -> dict[str, float]:
-    """Accuracies while training, under the first attack of the suite."""
-    row = {}
-    for split_name, split in self.splits().items():
-      outcome = self.evaluators[0].outcome(variables, split, self.run.seed)
-      for field in ('clean_top1', 'robust_top1'):
-        row[f'{split_name}_{field}'] = outcome.percent(field)
-    return row
-
-  def evaluate(self, stage: str, directory: epath.Path, label: str) -> None:
-    """Adds a finished stage's records to results.json, if they are missing."""
-    path = self.root / 'results.json'
-    records = read_results(path)
-    mine = lambda r: (r['run'], r['stage']) == (self.run.name, stage)
-    folders = {s: directory / s for s in loop.SELECTIONS}
-    folders = {'last': directory / 'model'} | folders
-    if any(mine(r) for r in records):
-      return
-    for selection, folder in folders.items():
-      if not checkpoint.is_model(folder):
-        continue
-      variables, about = checkpoint.load_model(folder)
-      if 'head' not in variables['params']:
-        return
-      say(f'{label}: evaluating {selection}')
-      for evaluator in self.evaluators:
-        for split_name, split in self.splits().items():
-          outcome = evaluator.outcome(variables, split, self.run.seed)
-          records.append(
-            record(
-              about | {'split': split_name},
-              outcome,
-              evaluator.attack,
-              variables,
-              self.run.seed,
-            )
-          )
-      if selection == 'last':
-        self.write_examples(variables, directory, about)
-    write_json(path, records)
-
-  def write_examples(self, variables, directory, about) -> None:
-    evaluator = self.evaluators[0]
-    outcome, clean, adversarial = evaluator.examples(
-      variables, self.dataset.test, self.run.seed, _EXAMPLES
-    )
-    images = [
-      {
-        'label': int(self.dataset.test.labels[i]),
-        'clean_prediction': int(outcome.clean_prediction[i]),
-        'adversarial_prediction': int(outcome.adversarial_prediction[i]),
-        'clean': np.round(clean[i].astype(float), 4).tolist(),
-        'adversarial': np.round(adversarial[i].astype(float), 4).tolist(),
-      }
-      for i in range(len(clean))
-    ]
-    attack = evaluator.attack
-    examples = {
-      'run': about['run'],
-      'stage': about['stage'],
-      'attack': attack.name,
-      'eps': attack.settings.keywords.get('eps'),
-      'class_names': about['class_names'],
-      'images': images,
-    }
-    write_json(directory / 'examples.json', examples)
-
-
-def record(
-  about: Record,
-  outcome: evaluation.Outcome,
-  attack: evaluation.EvaluationAttack,
-  variables: Variables,
-  seed: int,
-) -> Record:
-  """One line of results.json: an accuracy with all that it depends on."""
-  keywords = dict(attack.settings.keywords)
-  named = ('run', 'stage', 'selection', 'epoch', 'split', 'dataset')
-  accuracies = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
-  kernels = models.maskable(flatten(variables['params']))
-  size = sum(w.size for w in kernels.values())
-  zeros = sum(int((np.asarray(w) == 0).sum()) for w in kernels.values())
-  return (
-    {k: about[k] for k in named}
-    | {'n': len(outcome.clean_top1), 'attack': attack.name}
-    | {'algorithm': attack.settings.name, 'objective': attack.objective}
-    | {'restarts': attack.restarts, 'seed': seed}
-    | keywords
-    | {k: round(outcome.percent(k), 4) for k in accuracies}
-    | {'sparsity': round(zeros / size, 6)}
-    | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}
-    | {'dtype': about['config']['model']['dtype']}
-    | {'matmul_precision': 'highest', 'versions': versions()}
-    | {'config': about['config']}
-  )
-
-
-def read_results(path: epath.Path) -> list[Record]:
-  """The records in a results.json; none where there is no file."""
-  return json.loads(path.read_text()) if path.exists() else []
-
-
-def merge_results(records: list[Record], new: list[Record]) -> list[Record]:
-  """The records with the new ones in place of their predecessors."""
-  identity = lambda r: tuple(r[k] for k in _IDENTITY)
-  replaced = {identity(r) for r in new}
-  return [r for r in records if identity(r) not in replaced] + new
-
-
-def versions() -> dict[str, str]:
-  """What a number may depend on beside the config."""
-  packages = ('rocl-jax', 'jax', 'jaxlib', 'flax', 'optax')
-  found = {}
-  for package in packages:
-    try:
-      found[package] = metadata.version(package)
-    except metadata.PackageNotFoundError:
-      found[package] = 'not installed'
-  return found | {'commit': _commit(), 'device': jax.devices()[0].device_kind}
-
-
-def _commit():
-  here = epath.Path(__file__).parent
-  command = ['git', '-C', str(here), 'describe', '--always', '--dirty']
-  try:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=5)
-  except (OSError, subprocess.TimeoutExpired):
-    return ''
-  return result.stdout.strip()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from rocl_jax import figures
+from rocl_jax import command, figures
 from rocl_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -470,7 +470,9 @@ def _published_stage(rows: Record, run: str) -> figures.Curve:
 def _planned_epochs(config: Mapping, stage: str, done: float) -> float:
   """How long the stage is to be; a run in progress has not got there yet."""
   settings = config.get(stage)
-  planned = settings.get('epochs') if isinstance(settings, Mapping) else None
+  planned = (
+    settings.get('total_epochs') if isinstance(settings, Mapping) else None
+  )
   known = isinstance(planned, int) and planned >= done
   return planned if known and planned else done
 
@@ -903,3 +905,14 @@ def _protocol(out: _Writer, work: Workdir) -> None:
       'How the accuracies above were measured:',
       _table(header, rows, 2),
     )
+
+
+def main(arguments: list[str]) -> None:
+  (workdir,) = arguments
+  path = write(workdir)
+  print(terminal_table(_load_results(Path(workdir))))
+  print(f'\nReport, curves and pictures: {path}')
+
+
+if __name__ == '__main__':
+  command.run(main, usage=__doc__ or '', positional=1)

@@ -69,9 +69,9 @@ PER_EPOCH: dict[str, Callable[[float, int], list[float]]] = {
 
 
 def _cosine(rate, steps, warmup_steps):
-  return optax.warmup_cosine_decay_schedule(
-    0.0 if warmup_steps else rate, rate, warmup_steps, max(steps, 1)
-  )
+  first = 0.0 if warmup_steps else rate
+  steps = max(steps, warmup_steps + 1)
+  return optax.warmup_cosine_decay_schedule(first, rate, warmup_steps, steps)
 
 
 def _constant(rate, steps, warmup_steps):

@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     labels: int32 [B].
   """
 
-  images: jax.Array
-  labels: jax.Array
+  images: Any
+  labels: Any
 
 
 class Trained(NamedTuple):

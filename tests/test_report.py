@@ -68,7 +68,7 @@ def make_workdir(work, dataset='digits', epochs=6):
     'seed': 7,
     'data': {'source': dataset},
     'model': {'name': 'resnet18', 'width': 16},
-    'prune': {'keep': 0.1, 'epochs': epochs},
+    'prune': {'keep': 0.1, 'total_epochs': epochs},
   }
   write_json(work / 'config.json', config)
   records = []

@@ -38,7 +38,9 @@ def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
     encoder = upstream['params']['encoder']
     head = model.init_head(key)
-    return Trained({'head': head}, {'encoder': encoder}, upstream['batch_stats'])
+    return Trained(
+      {'head': head}, {'encoder': encoder}, upstream['batch_stats']
+    )
 
   def weights(trainable, frozen):
     return trainable | frozen

@@ -72,7 +72,9 @@ def stage(model: Model, settings: Settings) -> Stage:
     frozen = model.prepare(variables)
     target = frozen(view2, 'projection')  # once: no gradient reaches view 1
     x_adv = settings.attack.attack(
-      lambda x: nt_xent([frozen(x, 'projection'), target], settings.temperature),
+      lambda x: nt_xent(
+        [frozen(x, 'projection'), target], settings.temperature
+      ),
       view1,
       attack_key,
     )
