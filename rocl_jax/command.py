@@ -78,8 +78,8 @@ def _parse(argv):
   """Parses the flags; returns the positional arguments."""
   path = _config_path(argv)
   if path is not None:
-    file, _, argument = path.partition(':')
-    _check_config_file(file, argument if ':' in path else None)
+    file = path.partition(':')[0]
+    _check_config_file(file)
     # Config files import their neighbours as `configs.<name>`, from whatever
     # folder the command is started in.
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(file))))
@@ -95,16 +95,18 @@ def _parse(argv):
 
 
 def _config_path(argv):
+  """What --config says; of several the last, as with all flags."""
+  path = None
   for i, argument in enumerate(argv):
     match = re.fullmatch(r'--?config=(.*)', argument)
     if match:
-      return match.group(1)
-    if argument in ('--config', '-config') and i + 1 < len(argv):
-      return argv[i + 1]
-  return None
+      path = match.group(1)
+    elif argument in ('--config', '-config') and i + 1 < len(argv):
+      path = argv[i + 1]
+  return path
 
 
-def _check_config_file(file, argument):
+def _check_config_file(file):
   if not os.path.isfile(file):
     folder = os.path.dirname(file) or '.'
     names = os.listdir(folder) if os.path.isdir(folder) else []

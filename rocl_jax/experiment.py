@@ -164,9 +164,10 @@ def _parse_run(config, name):
     if field not in known:
       raise UserError(f'config.{field}: no such field{nearest(field, known)}')
   top = parse(_TopLevel, fields, 'config')
+  # The stages of this run first: a mistake shows where it was made.
   sections = {
     stage: parse(STAGES[stage].Settings, values[stage], f'config.{stage}')
-    for stage in STAGES
+    for stage in dict.fromkeys((*top.stages, *STAGES))
     if stage in values
   }
   if len(set(top.stages)) < len(top.stages) or not top.stages:

@@ -1,6 +1,7 @@
 """The training step and the loop round it, the same for every stage."""
 
 import dataclasses
+import functools
 import time
 import zlib
 from collections.abc import Callable
@@ -55,10 +56,10 @@ def make_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
 
-    values = values | {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+    values = values | {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
     first = index == 0
     sums = {
-      k: jnp.where(first, 0, state.sums[k]) + v if state.sums else v
+      k: jnp.where(first, 0, state.sums.get(k, 0)) + v
       for k, v in values.items()
     }
     new = TrainState(
@@ -139,129 +140,117 @@ def run_stage(run: StageRun) -> Variables:
   Raises:
     RunFailed: the loss is no longer finite.
   """
-  settings, stage = run.settings, run.stage
-  n, batch_size = len(run.train.labels), settings.batch_size
-  steps_per_epoch = n // batch_size
-  total = settings.total_epochs * steps_per_epoch
+  epochs, batch_size = run.settings.total_epochs, run.settings.batch_size
+  n = len(run.train.labels)
+  steps = n // batch_size
+  total = epochs * steps
   optimizer, rate = optim.make(
-    settings.optimizer,
-    settings.total_epochs,
-    steps_per_epoch,
-    settings.segments,
+    run.settings.optimizer, epochs, steps, run.settings.segments
   )
-  everywhere = replicated(run.mesh)
   start_key, order_key, step_key = jax.random.split(
     stage_key(run.seed, run.name), 3
   )
+  everywhere = replicated(run.mesh)
   data = jax.device_put(Batch(*run.train), everywhere)
-  one_step = make_step(stage, optimizer, run.mesh)
   order_of = jax.jit(
     lambda epoch: epoch_order(order_key, epoch, n, batch_size),
     out_shardings=everywhere,
   )
+  step = make_step(run.stage, optimizer, run.mesh)
+  train_step = compiled.jit(step, donate_argnums=0)
+  finish = jax.jit(lambda state: run.stage.finish(state.trained))
 
   def first_state(upstream):
-    trained = stage.start(upstream, start_key)
-    return TrainState(
-      step=jnp.int32(0),
-      trained=trained,
-      opt_state=optimizer.init(trained.trainable),
-      sums={},
+    trained = run.stage.start(upstream, start_key)
+    opt_state = optimizer.init(trained.trainable)
+    state = TrainState(
+      step=jnp.int32(0), trained=trained, opt_state=opt_state, sums={}
     )
-
-  def with_sums(state):
-    """Gives the fresh state the zero sums that its structure needs."""
-    if not total:
-      return state
-    shaped, _ = jax.eval_shape(one_step, state, data, order_of(0), step_key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shaped.sums)
+    order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
+    stepped, _ = jax.eval_shape(step, state, data, order, step_key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stepped.sums)
     return dataclasses.replace(state, sums=zeros)
 
   # Jitted, so that the state owns its arrays: the step donates them.
-  state = with_sums(
-    jax.jit(first_state, out_shardings=everywhere)(run.upstream)
-  )
-  state = jax.device_put(state, everywhere)
-  finish = jax.jit(lambda state: stage.finish(state.trained))
-  manager = checkpoint.open_states(run.directory / 'checkpoints')
-  restored = checkpoint.restore_state(manager, state)
-  if restored is not None:
-    state = restored
-    say(f'{run.label}: resumed at step {int(state.step)} of {total}')
-
-  train_step = compiled.jit(one_step, donate_argnums=0)
-  done = int(state.step)
-  epoch = done // max(steps_per_epoch, 1)
-  rows_path = run.directory / 'metrics.jsonl'
-  rows = metrics.read(rows_path, last_epoch=epoch)
-  log = None
-  if run.tensorboard:
-    log = metrics.tensorboard(run.directory / 'tensorboard')
-  progress = Progress(run.label, total, batch_size, done)
-
-  while done < total:
-    order = order_of(epoch)
-    began, began_at = time.monotonic(), done
-    loss: jax.Array | None = None
-    while done < (epoch + 1) * steps_per_epoch:
-      previous = loss
-      state, loss = train_step(state, data, order, step_key)
-      done += 1
-      if previous is not None:  # one step in flight, while this one is queued
-        previous.block_until_ready()
-      progress.show(done, f'epoch {epoch + 1}/{settings.total_epochs}')
-      if done % run.save_steps == 0 and done % steps_per_epoch:
+  state = jax.jit(first_state, out_shardings=everywhere)(run.upstream)
+  with checkpoint.open_states(run.directory / 'checkpoints') as manager:
+    state = checkpoint.restore_state(manager, like=state) or state
+    done = int(state.step)
+    if done:
+      say(f'{run.label}: resumed at step {done} of {total}')
+    book = _Book(run, done // steps)
+    progress = Progress(run.label, total, batch_size, done)
+    for epoch in range(done // steps, epochs):
+      began, began_at = time.monotonic(), done
+      order = order_of(epoch)
+      loss: jax.Array | None = None
+      while done < (epoch + 1) * steps:
+        previous = loss
+        state, loss = train_step(state, data, order, step_key)
+        done += 1
+        if previous is not None:  # so that no more than one step is queued
+          previous.block_until_ready()
+        progress.show(done, f'epoch {epoch + 1}/{epochs}')
+        if done % run.save_steps == 0 and done % steps:
+          checkpoint.save_state(manager, done, state)
+      row: metrics.Row = {'epoch': epoch + 1, 'step': done}
+      row |= {k: float(v) / steps for k, v in sorted(state.sums.items())}
+      row['learning_rate'] = float(rate(done - 1))
+      seconds = time.monotonic() - began
+      row['seconds'] = round(seconds, 3)
+      speed = (done - began_at) * batch_size / seconds
+      row['images_per_second'] = round(speed, 1)
+      if not np.isfinite(row['loss']):
+        raise RunFailed(
+          f'{run.label}: the loss is {row["loss"]} in epoch {epoch + 1}; the '
+          f'last save, of step {manager.latest_step()}, is intact'
+        )
+      book.write(row, functools.partial(finish, state))
+      # After the row: a save promises that the rows up to it are there.
+      if done % run.save_steps == 0 and done < total:
         checkpoint.save_state(manager, done, state)
-    epoch += 1
-    row = {k: float(v) / steps_per_epoch for k, v in state.sums.items()}
-    seconds = time.monotonic() - began
-    row = {'epoch': epoch, 'step': done} | dict(sorted(row.items()))
-    row['learning_rate'] = float(rate(done - 1))
-    row['seconds'] = round(seconds, 3)
-    row['images_per_second'] = round(
-      (done - began_at) * batch_size / seconds, 1
-    )
-    if not np.isfinite(row['loss']):
-      raise RunFailed(
-        f'{run.label}: the loss is {row["loss"]} in epoch {epoch}; the last '
-        f'save, of step {manager.latest_step()}, is intact'
-      )
-    due = settings.eval_epochs and (
-      epoch % settings.eval_epochs == 0 or epoch == settings.total_epochs
-    )
-    if due and run.measure is not None:
-      variables = finish(state)
-      row |= run.measure(variables)
-      rows.append(row)
-      for selection, name in SELECTIONS.items():
-        criterion = f'{name}_robust_top1'
-        if criterion in row and metrics.is_best(rows, criterion):
-          _publish(run, variables, selection, epoch, run.directory / selection)
-    else:
-      rows.append(row)
-    metrics.write(rows_path, rows)
-    if log is not None:
-      log(done, row)
-    say(_line(run, row))
-    if done % run.save_steps == 0 or done == total:
-      checkpoint.save_state(manager, done, state)
-
-  if not total:
-    checkpoint.save_state(manager, 0, state)
-  manager.wait_until_finished()
-  manager.close()
-  variables = finish(state)
-  _publish(run, variables, 'last', epoch, run.directory / 'model')
+    checkpoint.save_state(manager, done, state)
+  variables = jax.device_get(finish(state))
+  _publish(run, variables, 'last', epochs, run.directory / 'model')
   return variables
 
 
+class _Book:
+  """The metrics of a stage so far, and the models that they select."""
+
+  def __init__(self, run: StageRun, last_epoch: int):
+    self._run, self._path = run, run.directory / 'metrics.jsonl'
+    self._rows = metrics.read(self._path, last_epoch)
+    self._tensorboard = None
+    if run.tensorboard:
+      self._tensorboard = metrics.tensorboard(run.directory / 'tensorboard')
+
+  def write(self, row: metrics.Row, variables: Callable[[], Variables]) -> None:
+    """Evaluates if it is time to, saves what is best so far, adds the row."""
+    run, epoch = self._run, row['epoch']
+    every, last = run.settings.eval_epochs, run.settings.total_epochs
+    due = every and (epoch % every == 0 or epoch == last)
+    self._rows.append(row)
+    if due and run.measure is not None:
+      current = variables()
+      row |= run.measure(current)
+      for selection, split_name in SELECTIONS.items():
+        criterion = f'{split_name}_robust_top1'
+        if criterion in row and metrics.is_best(self._rows, criterion):
+          folder = run.directory / selection
+          _publish(run, jax.device_get(current), selection, epoch, folder)
+    metrics.write(self._path, self._rows)
+    if self._tensorboard is not None:
+      self._tensorboard(row['step'], row)
+    say(_line(run, row))
+
+
 def _publish(run, variables, selection, epoch, directory):
-  variables = jax.device_get(variables)
   about = run.about | {
     'selection': selection,
     'epoch': epoch,
     'layers': results.layers(variables),
-    'sparsity': results.sparsity(variables) if 'masks' in variables else 0.0,
+    'sparsity': results.sparsity(variables),
   }
   checkpoint.save_model(directory, variables, about)
 
@@ -269,11 +258,11 @@ def _publish(run, variables, selection, epoch, directory):
 def _line(run, row):
   """One line on an epoch: what a person watches."""
   shown = [f'loss {row["loss"]:.3f}']
-  for split_name in ('validation', 'test'):
-    if f'{split_name}_robust_top1' in row:
-      clean = row[f'{split_name}_clean_top1']
-      robust = row[f'{split_name}_robust_top1']
-      shown.append(f'{split_name} {clean:.1f}/{robust:.1f}')
+  for name in ('validation', 'test'):
+    accuracies = [row.get(f'{name}_{k}_top1') for k in ('clean', 'robust')]
+    if None not in accuracies:
+      clean, robust = accuracies
+      shown.append(f'{name} {clean:.1f} clean, {robust:.1f} robust')
       break
   rate = f'{row["images_per_second"]:,.0f} images/s'
   epochs = f'{row["epoch"]}/{run.settings.total_epochs}'

@@ -29,7 +29,8 @@ def write(path: epath.Path, rows: list[Row]) -> None:
 def is_best(rows: list[Row], name: str) -> bool:
   """Whether the last row has the highest value so far, the first of equals."""
   *earlier, last = [row[name] for row in rows if name in row]
-  return last == last and all(not value >= last for value in earlier)
+  is_number = last == last
+  return is_number and not any(value >= last for value in earlier)
 
 
 def check_tensorboard() -> None:

@@ -201,10 +201,11 @@ class Model(NamedTuple):
   prepare: Callable[[Variables], Callable[..., jax.Array]]
 
 
-# Blocks of each stage.
+# Blocks of each stage. ResNet-8 is the one of small devices (MLPerf Tiny).
 ARCHITECTURES: dict[str, tuple[int, ...]] = {
   'resnet18': (2, 2, 2, 2),
   'resnet20': (3, 3, 3),
+  'resnet8': (1, 1, 1),
 }
 
 
@@ -215,7 +216,7 @@ class Settings:
   Attributes:
     name: one of ARCHITECTURES.
     width: channels of the stem: 64 for the paper's ResNet-18, 16 for the
-      usual ResNet-20.
+      usual ResNet-20 and ResNet-8.
     dtype: 'float32' or 'bfloat16', the type of the encoder's arithmetic.
       Parameters, BatchNorm statistics, head, projector and all outputs stay
       float32.

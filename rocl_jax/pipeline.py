@@ -15,6 +15,7 @@ a model are skipped, an unfinished one resumes from its last save.
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ def run(config: ConfigDict, workdir: str) -> list[results.Record]:
   chains = [
     make_chain(experiment, r, dataset, mesh, root) for r in experiment.runs
   ]
+  _rehearse(chains)
   for chain in chains:
     _check_requests(chain)
   write_json(
@@ -140,7 +142,6 @@ def make_chain(
 def run_chain(chain: Chain) -> None:
   """Runs the stages that have no model yet, and evaluates what is new."""
   variables = _first_variables(chain)
-  _rehearse(chain, variables)
   for name, settings, directory in chain.stages:
     if checkpoint.is_model(directory / 'model'):
       variables, _ = checkpoint.load_model(directory / 'model')
@@ -154,37 +155,52 @@ def run_chain(chain: Chain) -> None:
 
 def _first_variables(chain: Chain) -> Variables:
   """Fresh weights, or those of the model that `init_from` names."""
-  shape = chain.dataset.train.images.shape[1:]
-  key = loop.stage_key(chain.run.seed, 'init')
-  fresh = jax.jit(chain.model.init, static_argnums=1)(key, shape)
   start = chain.run.init_from
   if not start:
-    return fresh
+    return jax.jit(functools.partial(_fresh, chain))()
   stage = chain.root / start / 'model'
   path = stage if checkpoint.is_model(stage) else epath.Path(start)
   variables, _ = checkpoint.load_model(path)
-  wanted = {k: x.shape for k, x in flatten(fresh['params']).items()}
-  for name, x in flatten(variables['params']).items():
-    if wanted.get(name) != x.shape:
-      raise UserError(
-        f'config.init_from: {path} does not fit the network: its {name} is '
-        f'{x.shape}, wanted {wanted.get(name, "no such weight")}'
-      )
   return variables
 
 
-def _rehearse(chain: Chain, variables: Variables) -> None:
-  """Walks the chain on shapes alone: does each stage get what it needs?"""
-  upstream = chain.run.init_from or 'a fresh network'
-  for name, settings, _ in chain.stages:
-    try:
-      variables = _outcome(chain, name, settings, variables)
-    except KeyError as e:
-      raise UserError(
-        f'config.stages: {name} can not start from {upstream}, which has no '
-        f'{e.args[0]}'
-      ) from None
-    upstream = name
+def _fresh(chain: Chain) -> Variables:
+  key = loop.stage_key(chain.run.seed, 'init')
+  return chain.model.init(key, chain.dataset.train.images.shape[1:])
+
+
+def _rehearse(chains: Sequence[Chain]) -> None:
+  """Walks all runs on shapes alone: does each stage get what it needs?
+
+  Raises:
+    UserError: a stage can't start from what stands before it.
+  """
+  handed_on: dict[str, Variables] = {}  # by the main run, by stage folder
+  for chain in chains:
+    fresh = jax.eval_shape(functools.partial(_fresh, chain))
+    start = chain.run.init_from
+    variables = handed_on.get(start) or (
+      _first_variables(chain) if start else fresh
+    )
+    wanted = {k: x.shape for k, x in flatten(fresh['params']).items()}
+    for path, x in flatten(variables['params']).items():
+      if wanted.get(path) != x.shape:
+        raise UserError(
+          f'config.init_from: {start} does not fit the network: its {path} is '
+          f'{x.shape}, wanted {wanted.get(path, "no such weight")}'
+        )
+    upstream = start or 'a fresh network'
+    for name, settings, directory in chain.stages:
+      try:
+        variables = _outcome(chain, name, settings, variables)
+      except KeyError as e:
+        raise UserError(
+          f'config.stages: {name} can not start from {upstream}, which has no '
+          f'{e.args[0]}'
+        ) from None
+      upstream = name
+      if chain is chains[0]:
+        handed_on[directory.name] = variables
 
 
 def _outcome(chain, name, settings, upstream):

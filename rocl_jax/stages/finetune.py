@@ -23,7 +23,8 @@ class Settings(Adversarial):
 def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
     del key
-    params = flatten(upstream['params'])
+    parts = {k: upstream['params'][k] for k in ('encoder', 'head')}
+    params = flatten(parts)
     for path, dropped in upstream.get('dropped', {}).items():
       params[path] = params[path] + dropped
     frozen = {'masks': upstream.get('masks', {})}

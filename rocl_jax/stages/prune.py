@@ -35,7 +35,8 @@ class Settings(Adversarial):
 def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
     del key
-    params = flatten(upstream['params'])
+    parts = {k: upstream['params'][k] for k in ('encoder', 'head')}
+    params = flatten(parts)
     kernels = maskable(params)
     rest = {p: x for p, x in params.items() if p not in kernels}
     norms = {p: x for p, x in rest.items() if p.startswith('encoder/')}

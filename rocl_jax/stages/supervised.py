@@ -29,10 +29,12 @@ class Settings(Adversarial):
 
 def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
-    params = dict(upstream['params'])
-    params.pop('projector', None)  # weight decay would shrink a leftover
-    if settings.init == 'extractor' or 'head' not in params:
-      params['head'] = model.init_head(key)
+    # Nothing but these: weight decay would shrink a leftover projector.
+    params = {'encoder': upstream['params']['encoder']}
+    head = upstream['params'].get('head')
+    if settings.init == 'extractor' or head is None:
+      head = model.init_head(key)
+    params['head'] = head
     return Trained(params, {}, upstream['batch_stats'])
 
   def weights(trainable, frozen):

@@ -1,0 +1,271 @@
+"""The commands as a user calls them: results, resuming, mistakes.
+
+A whole run of a very small network on the digits; TensorFlow is a trap.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from rocl_jax import checkpoint
+from rocl_jax.trees import flatten
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = [
+  '--config=configs/quickstart.py',
+  '--config.model.name=resnet8',
+  '--config.model.width=4',
+  '--config.save_steps=4',
+  '--config.pretrain.total_epochs=2',
+  '--config.supervised.total_epochs=3',
+  '--config.supervised.batch_size=100',
+  '--config.prune.total_epochs=2',
+  '--config.finetune.total_epochs=2',
+  '--config.linear_eval.total_epochs=1',
+]
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+  """No TensorFlow, and compiled programs shared between the commands."""
+  trap = tmp_path_factory.mktemp('trap')
+  (trap / 'tensorflow.py').write_text('raise SystemExit("TensorFlow loaded")')
+  cache = tmp_path_factory.mktemp('cache')
+  return os.environ | {
+    'PYTHONPATH': f'{trap}{os.pathsep}{ROOT}',
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    'JAX_PLATFORMS': 'cpu',
+  }
+
+
+@pytest.fixture(scope='module')
+def call(environment):
+  def run(*arguments, status=0):
+    result = subprocess.run(
+      [sys.executable, *map(str, arguments)],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=900,
+    )
+    assert result.returncode == status, result.stderr[-3000:]
+    return result
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def finished(call, tmp_path_factory):
+  """The work directory and the output of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('runs') / 'straight'
+  result = call('train.py', *SMALL, f'--workdir={workdir}')
+  return workdir, result
+
+
+def records_of(workdir):
+  return json.loads((workdir / 'results.json').read_text())
+
+
+def test_a_run_ends_with_table_report_and_records(finished):
+  workdir, result = finished
+  for stage in ('supervised', 'prune', 'finetune'):
+    assert re.search(rf'ours +{stage} +\d', result.stdout)
+  assert 'natural' in result.stdout and 'report.md' in result.stdout
+  assert (workdir / 'report.md').exists()
+  assert (workdir / 'figures' / 'results.png').stat().st_size > 10_000
+
+  records = records_of(workdir)
+  keys = ('run', 'stage', 'selection', 'split', 'attack')
+  assert len({tuple(r[k] for k in keys) for r in records}) == len(records)
+  last = {
+    (r['run'], r['stage']): r
+    for r in records
+    if r['selection'] == 'last' and r['split'] == 'test'
+  }
+  assert set(last) == {
+    *(('ours', s) for s in ('supervised', 'prune', 'finetune')),
+    ('natural', 'supervised'),
+    ('magnitude', 'prune'),
+    ('rocl', 'linear_eval'),
+  }
+  for record in last.values():
+    assert record['n'] == 360 and record['eps'] == 0.1
+    assert 0 <= record['robust_top1'] <= record['robust_top5'] <= 100
+    assert record['clean_top1'] <= record['clean_top5'] <= 100
+    assert record['config']['model']['width'] == 4
+    pruned = record['stage'] in ('prune', 'finetune')
+    assert record['sparsity'] == pytest.approx(0.9 if pruned else 0, abs=2e-3)
+  assert {r['selection'] for r in records} == {
+    'last',
+    'best_validation',
+    'best_test',
+  }
+
+
+def test_published_weights_are_zero_outside_their_masks(finished):
+  workdir, _ = finished
+  for stage in ('3_prune', '4_finetune'):
+    variables, about = checkpoint.load_model(
+      epath.Path(workdir / stage / 'model')
+    )
+    params = flatten(variables['params'])
+    for path, mask in variables['masks'].items():
+      np.testing.assert_array_equal(params[path] != 0, mask)
+      assert about['layers'][path] == {'size': mask.size, 'kept': mask.sum()}
+
+
+def test_the_same_command_again_does_nothing_twice(call, finished):
+  workdir, _ = finished
+  before = (workdir / 'results.json').read_bytes()
+  report = (workdir / 'report.md').read_bytes()
+  again = call('train.py', *SMALL, f'--workdir={workdir}')
+  assert again.stderr.count('finished before') == 7
+  assert 'epoch' not in again.stderr
+  assert (workdir / 'results.json').read_bytes() == before
+  assert (workdir / 'report.md').read_bytes() == report
+
+
+def test_killed_and_started_again_it_ends_bit_equal(
+  finished, environment, call, tmp_path
+):
+  """kill -9 in three stages, at moments that nothing waits for."""
+  straight, _ = finished
+  workdir = tmp_path / 'killed'
+  command = [sys.executable, 'train.py', *SMALL, f'--workdir={workdir}']
+  moments = (('1_pretrain', 0.3), ('2_supervised', 0.2), ('4_finetune', 0.0))
+  for stage, delay in moments:
+    process = subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    rows = workdir / stage / 'metrics.jsonl'
+    deadline = time.monotonic() + 300
+    while not rows.exists() and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    time.sleep(delay)
+    assert process.poll() is None, 'it was over before the kill'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  call('train.py', *SMALL, f'--workdir={workdir}')
+
+  for stage in ('1_pretrain', '2_supervised', '3_prune', '4_finetune'):
+    one, _ = checkpoint.load_model(epath.Path(straight / stage / 'model'))
+    other, _ = checkpoint.load_model(epath.Path(workdir / stage / 'model'))
+    one, other = flatten(one), flatten(other)
+    assert one.keys() == other.keys()
+    for path in one:
+      np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+  without = lambda r: {k: v for k, v in r.items() if k != 'versions'}
+  assert [*map(without, records_of(straight))] == [
+    *map(without, records_of(workdir))
+  ]
+
+
+def test_a_saved_model_can_be_evaluated_again(call, finished):
+  workdir, _ = finished
+  model = workdir / '4_finetune' / 'model'
+  suite = '--config=configs/eval.py:paper'
+  arguments = (
+    '-m', 'rocl_jax.evaluate', f'--model={model}', suite,
+    '--config.eval.eps=1/20', '--config.eval.examples=100',
+  )  # fmt: skip
+  result = call(*arguments)
+  assert 'pgd20' in result.stdout
+  records = json.loads((workdir / '4_finetune' / 'results.json').read_text())
+  assert {r['attack'] for r in records} == {'pgd10', 'pgd20'}
+  trained = [r for r in records_of(workdir) if r['stage'] == 'finetune'][0]
+  for record in records:
+    assert record['eps'] == 0.05 and record['n'] == 100
+    assert record['sparsity'] == trained['sparsity']
+  again = call(*arguments)
+  assert 'test images' not in again.stderr  # it was all there
+  assert 'pgd20' in call('-m', 'rocl_jax.report', workdir).stdout or (
+    'pgd20' in (workdir / 'report.md').read_text()
+  )
+
+
+MISTAKES = [
+  (['--config.pretrain.totl_epochs=3'], "did you mean 'total_epochs'?"),
+  (['--config.pretrian.total_epochs=3'], "did you mean 'pretrain'?"),
+  (['--config.prune.keep=0'], 'config.prune.keep'),
+  (['--config.prune.keep=abc'], 'config.prune.keep'),
+  (['--config.model.width=wide'], 'config.model.width'),
+  (['--config.eval.eps=8'], 'did you mean 8/255?'),
+  (['--config.supervised=3'], 'section'),
+  (['--config.stages=("pretrain","prunee")'], "'prune'"),
+  (['--config.stages=("prune","pretrain")'], "did you mean '2_pretrain'?"),
+  (['--config.data.source=binary', '--config.data.dir=/nowhere'], '/nowhere'),
+  (['--config.supervised.batch_size=5000'], 'config.supervised.batch_size'),
+  (['--config.tensorboard=true'], 'tensorboard'),
+  (['--config.init_from=/nowhere'], '/nowhere'),
+  (['--confg.seed=3'], 'confg'),
+  (['--config=configs/quickstat.py'], "did you mean 'quickstart.py'?"),
+  (['stray'], 'stray'),
+]
+
+
+@pytest.mark.parametrize('arguments, wanted', MISTAKES)
+def test_a_mistake_is_told_in_one_line(call, tmp_path, arguments, wanted):
+  base = ['--config=configs/quickstart.py', f'--workdir={tmp_path / "w"}']
+  result = call('train.py', *base, *arguments, status=2)
+  assert wanted in result.stderr
+  assert result.stderr.count('\n') == 1 and 'Traceback' not in result.stderr
+  assert not list(tmp_path.rglob('checkpoints'))
+
+
+def test_other_mistakes(call, finished, tmp_path):
+  workdir, _ = finished
+  file = tmp_path / 'file'
+  file.write_text('')
+  broken = tmp_path / 'broken.py'
+  broken.write_text('def get_config():\n  return 1 / 0\n')
+  quick = '--config=configs/quickstart.py'
+  paper = '--config=configs/eval.py:paper'
+  evaluate = ('-m', 'rocl_jax.evaluate')
+  for arguments, wanted in [
+    (('train.py', quick), '--workdir: missing'),
+    (('train.py', quick, f'--workdir={file}'), str(file)),
+    (('train.py', f'--config={broken}', '--workdir=w'), 'broken.py:2'),
+    (('train.py', 'a', quick, '--workdir=w'), 'found arguments: a'),
+    (
+      ('train.py', *SMALL, f'--workdir={workdir}', '--config.prune.keep=0.2'),
+      'was made with 0.1',
+    ),
+    (
+      (
+        'train.py',
+        '--config=configs/cifar10.py',
+        f'--workdir={tmp_path}/w',
+        '--config.data.source=digits',
+        "--config.stages=('prune','pretrain')",
+      ),
+      'pretrain can not start from prune, which has no projector',
+    ),  # fmt: skip
+    ((*evaluate, paper), '--model: missing'),
+    ((*evaluate, paper, f'--model={tmp_path}'), 'no model here'),
+    (
+      (*evaluate, paper, f'--model={workdir}/1_pretrain/model'),
+      'without a classifier',
+    ),
+    ((*evaluate, '--config=configs/eval.py:papr', '--model=m'), "'papr'"),
+    (('-m', 'rocl_jax.report', tmp_path), str(tmp_path)),
+    (('-m', 'rocl_jax.report'), 'wanted 1'),
+  ]:
+    result = call(*arguments, status=2)
+    assert wanted in result.stderr, result.stderr
+    assert result.stderr.count('\n') == 1, result.stderr

@@ -1,0 +1,138 @@
+"""Configs: what they mean, and what is said of one that is wrong."""
+
+import pytest
+
+from configs import cifar10, eval, quickstart
+from rocl_jax.errors import UserError
+from rocl_jax.experiment import parse_experiment
+from rocl_jax.settings import amount
+
+
+def digits():
+  config = cifar10.get_config()
+  config.data.source = 'digits'
+  return config
+
+
+def test_amounts():
+  assert amount('8/255', '') == 8 / 255
+  assert amount(' 0.03 ', '') == 0.03
+  assert amount('eps/4', '', {'eps': 0.1}) == 0.1 / 4
+  assert amount(3, '') == 3.0
+  for wrong in ('8/0', 'x', '', '1/', 'nan', 'inf', None, True, 'eps/4', [1]):
+    with pytest.raises(UserError, match='wanted a number'):
+      amount(wrong, 'config.eval.eps')
+
+
+def test_derived_values_follow_an_override():
+  config = digits()
+  config.supervised.attack.eps = '4/255'
+  config.supervised.attack.steps = 3
+  config.finetune.total_epochs = 5
+  config.eval.eps = '2/255'
+  experiment = parse_experiment(config)
+  stages = dict(experiment.runs[0].stages)
+  for name in ('supervised', 'prune', 'finetune'):
+    keywords = stages[name].attack.keywords
+    assert keywords['eps'] == 4 / 255 and keywords['step_size'] == 1 / 255
+    assert keywords['steps'] == 3
+  assert stages['pretrain'].attack.keywords['eps'] == 8 / 255
+  assert stages['finetune'].total_epochs == 5
+  assert stages['prune'].total_epochs == stages['supervised'].total_epochs == 25
+  pgd20 = experiment.eval.attacks['pgd20'].settings.keywords
+  assert pgd20['eps'] == 2 / 255
+  assert pgd20['step_size'] == pytest.approx(0.2 / 255)
+
+
+def test_as_run_preset():
+  config = cifar10.get_config('asrun')
+  config.data.source = 'digits'
+  experiment = parse_experiment(config)
+  stages = dict(experiment.runs[0].stages)
+  assert experiment.data.validation == 0
+  assert stages['pretrain'].segments * 101 == stages['pretrain'].total_epochs
+  keywords = stages['finetune'].attack.keywords
+  assert keywords['eps'] == 0.031 and keywords['step_size'] == 0.0078
+  assert keywords['start'] == 'gaussian' and stages['prune'].beta == 6.0
+  assert stages['finetune'].optimizer.learning_rate == 0.01
+
+
+def test_baselines_are_overlays():
+  experiment = parse_experiment(quickstart.get_config())
+  runs = {run.name: run for run in experiment.runs}
+  assert list(runs)[0] == 'ours'
+  assert dict(runs['natural'].stages)['supervised'].loss == 'natural'
+  assert dict(runs['ours'].stages)['supervised'].loss == 'trades'
+  assert dict(runs['magnitude'].stages)['prune'].total_epochs == 0
+  assert dict(runs['ours'].stages)['prune'].total_epochs > 0
+
+
+def set_field(path, value):
+  def change(config):
+    *parents, last = path.split('.')
+    for name in parents:
+      config = config[name]
+    with config.unlocked(), config.ignore_type():
+      config[last] = value
+
+  return change
+
+
+WRONG = [
+  (set_field('supervised.attack.eps', '8'), 'config.supervised.attack.eps',
+   'did you mean 8/255?'),
+  (set_field('supervised.attack.eps', '-1/255'), 'eps', '0 or more'),
+  (set_field('eval.eps', 'nan'), 'config.eval.eps', "'8/255'"),
+  (set_field('eval.suite', ('pgd11',)), 'config.eval.suite', "mean 'pgd1"),
+  (set_field('eval.attacks.pgd10.restarts', 0), 'pgd10.restarts', '1 or more'),
+  (set_field('eval.attacks.pgd10.stepsize', 1), 'pgd10.stepsize',
+   "did you mean 'step_size'"),
+  (set_field('eval.attacks.pgd10.objective', 'ce'), 'pgd10.objective',
+   'cross_entropy'),
+  (set_field('prune.keep', 0.0), 'config.prune.keep', '(0, 1]'),
+  (set_field('prune.keep', 1.5), 'config.prune.keep', '(0, 1]'),
+  (set_field('prune.keep', float('nan')), 'config.prune.keep', 'number'),
+  (set_field('prune.total_epochs', 2.5), 'config.prune.total_epochs',
+   'whole number'),
+  (set_field('prune.total_epoch', 2), 'config.prune.total_epoch:',
+   "did you mean 'total_epochs'?"),
+  (set_field('pretrian', 2), 'config.pretrian', "did you mean 'pretrain'?"),
+  (set_field('stages', ('pretrain', 'prunee')), 'config.stages', "'prune'"),
+  (set_field('stages', ('prune', 'prune')), 'config.stages', 'at most once'),
+  (set_field('stages', ()), 'config.stages', 'at least one'),
+  (set_field('data.source', 'digit'), 'data.source', "did you mean 'digits'?"),
+  (set_field('data.validation', -1), 'data.validation', '0 or more'),
+  (set_field('model.name', 'resnet'), 'config.model.name', 'resnet18'),
+  (set_field('model.width', '8'), 'config.model.width', 'whole number'),
+  (set_field('model.dtype', 'float16'), 'config.model.dtype', 'bfloat16'),
+  (set_field('pretrain.attack.norm', 'l1'), 'attack.norm', 'linf'),
+  (set_field('pretrain.attack.start', 'random'), 'attack.start', 'uniform'),
+  (set_field('pretrain.attack.name', 'pgdd'), 'attack.name', "'pgd'"),
+  (set_field('pretrain.attack', 3), 'config.pretrain.attack', 'section'),
+  (set_field('pretrain.temperature', 0.0), 'temperature', 'more than 0'),
+  (set_field('pretrain.optimizer.schedule', 'cosin'), 'schedule', "'cosine'"),
+  (set_field('supervised.loss', 'trade'), 'config.supervised.loss', "'trades'"),
+  (set_field('supervised.batch_size', 0), 'batch_size', '1 or more'),
+  (set_field('save_steps', 0), 'config.save_steps', '1 or more'),
+  (set_field('init_from', '1_pretrain'), 'config.init_from', 'no stage folder'),
+  (set_field('baselines', {'a': {'data': {}}}), 'baselines.a.data', 'shares'),
+  (set_field('baselines', {'a': {'suprevised': {}}}), 'baselines.a.suprevised',
+   "did you mean 'supervised'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('change, field, wanted', WRONG)
+def test_a_wrong_value_is_named_with_what_is_wanted(change, field, wanted):
+  config = digits()
+  change(config)
+  with pytest.raises(UserError) as error:
+    parse_experiment(config)
+  message = str(error.value)
+  assert field in message and wanted in message and '\n' not in message
+
+
+def test_every_suite_names_attacks_that_exist():
+  for name in eval.SUITES:
+    config = digits()
+    config.eval = eval.get_config(name).eval
+    assert parse_experiment(config).eval.selected

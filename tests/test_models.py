@@ -1,0 +1,138 @@
+"""Networks, and the form of them that attacks see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rocl_jax import convolution, models
+from rocl_jax.trees import flatten
+
+
+def build(name='resnet8', width=8, dtype='float32', classes=10):
+  settings = models.Settings(name=name, width=width, dtype=dtype)
+  return models.build(settings, classes)
+
+
+def random_variables(model, shape=(16, 16, 3)):
+  """Fresh weights with BatchNorm statistics that are not the identity."""
+  variables = model.init(jax.random.key(0), shape)
+  images = jax.random.uniform(jax.random.key(1), (32, *shape))
+  _, moments = model.train(variables, images)
+  variables['batch_stats'] = moments
+  return variables
+
+
+@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('extent', [7, 8])
+def test_frozen_convolution_has_the_gradient_of_a_plain_one(
+  size, stride, extent
+):
+  images = jax.random.normal(jax.random.key(0), (2, extent, extent + 1, 3))
+  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
+  frozen = lambda x: convolution.frozen_conv(
+    x, kernel, convolution.flip(kernel), stride
+  )
+  plain = lambda x: convolution.conv(x, kernel, stride)
+  y, pullback = jax.vjp(plain, images)
+  frozen_y, frozen_pullback = jax.vjp(frozen, images)
+  cotangent = jax.random.normal(jax.random.key(2), y.shape)
+  np.testing.assert_array_equal(y, frozen_y)
+  np.testing.assert_allclose(
+    frozen_pullback(cotangent)[0], pullback(cotangent)[0], atol=1e-4
+  )
+  native = convolution._native_gradient(cotangent, kernel, stride, images.shape)
+  np.testing.assert_allclose(native, pullback(cotangent)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('name', models.ARCHITECTURES)
+def test_prepared_network_computes_the_same_and_its_gradient(name):
+  model = build(name)
+  variables = random_variables(model)
+  images = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
+  frozen = model.prepare(variables)
+  for output in ('features', 'projection', 'logits'):
+    plain = model.predict(variables, images, output)
+    np.testing.assert_allclose(frozen(images, output), plain, atol=2e-5)
+  loss = lambda f: lambda x: jnp.square(f(x)).sum()
+  wanted = jax.grad(loss(lambda x: model.predict(variables, x)))(images)
+  np.testing.assert_allclose(
+    jax.grad(loss(frozen))(images), wanted, atol=1e-3 * jnp.abs(wanted).max()
+  )
+
+
+def test_nothing_flows_back_from_an_attack_into_the_weights():
+  model = build()
+  variables = random_variables(model)
+  images = jax.random.uniform(jax.random.key(2), (2, 16, 16, 3))
+  loss = lambda variables: model.prepare(variables)(images).sum()
+  gradient = jax.grad(loss)(variables)
+  assert all(not x.any() for x in jax.tree.leaves(gradient))
+
+
+def test_parameter_counts():
+  """ResNet-20's is that of pytorchcv's `resnet20_cifar10`."""
+  for name, width, count in (
+    ('resnet18', 64, 11_173_962),
+    ('resnet20', 16, 272_474),
+  ):
+    model = build(name, width)
+    init = lambda model=model: model.init(jax.random.key(0), (32, 32, 3))
+    params = jax.eval_shape(init)['params']
+    del params['projector']
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+    kernels = models.maskable(flatten(params))
+    if name == 'resnet18':
+      assert len(kernels) == 21
+      assert sum(x.size for x in kernels.values()) == 11_164_352
+
+
+def test_initialisation_is_that_of_pytorch():
+  model = build('resnet18', 16)
+  params = flatten(model.init(jax.random.key(0), (32, 32, 3))['params'])
+  for path, leaf in params.items():
+    if path.endswith('kernel'):
+      bound = (leaf.size // leaf.shape[-1]) ** -0.5
+      assert float(jnp.abs(leaf).max()) <= bound
+      if leaf.size > 2000:
+        assert float(leaf.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+  assert params['projector/hidden/kernel'].shape == (128, 2048)
+  assert params['projector/output/kernel'].shape == (2048, 128)
+
+
+def test_statistics_keep_the_unbiased_variance():
+  model = build(width=4)
+  variables = model.init(jax.random.key(0), (4, 4, 3))
+  images = jax.random.uniform(jax.random.key(1), (2, 4, 4, 3))
+  _, moments = model.train(variables, images)
+  kernel = variables['params']['encoder']['stem']['kernel']
+  y = np.asarray(convolution.conv(images, kernel)).reshape(-1, 4)
+  np.testing.assert_allclose(
+    moments['stem']['var'], y.var(0, ddof=1), rtol=1e-4
+  )
+  updated = models.update_statistics(
+    {'x': jnp.array(1.0)}, [{'x': jnp.array(2.0)}, {'x': jnp.array(3.0)}]
+  )
+  assert float(updated['x']) == pytest.approx(0.9 * 1.1 + 0.3)
+
+
+def test_bfloat16_changes_the_arithmetic_and_nothing_else():
+  model, exact = build(dtype='bfloat16'), build()
+  variables = random_variables(exact)
+  images = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
+  logits, wanted = (m.predict(variables, images) for m in (model, exact))
+  assert logits.dtype == jnp.float32
+  difference = float(jnp.abs(logits - wanted).max())
+  assert 0 < difference < 0.1 * float(jnp.abs(wanted).max())
+  _, moments = model.train(variables, images)
+  leaves = jax.tree.leaves((moments, model.init(jax.random.key(0), (8, 8, 3))))
+  assert all(x.dtype == jnp.float32 for x in leaves)
+
+
+def test_any_image_size():
+  for extent in (8, 20, 32):
+    model = build()
+    variables = model.init(jax.random.key(0), (extent, extent, 3))
+    images = jnp.zeros((2, extent, extent, 3))
+    assert model.predict(variables, images).shape == (2, 10)

@@ -1,0 +1,260 @@
+"""What every stage promises, over the registry, on a very small network."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import Mesh
+
+from configs import cifar10
+from rocl_jax import checkpoint, loop, masks, metrics, models, optim
+from rocl_jax.data import Split
+from rocl_jax.errors import RunFailed
+from rocl_jax.settings import parse
+from rocl_jax.stages import STAGES
+from rocl_jax.trees import flatten
+from rocl_jax.types import Batch
+
+RANDOM = np.random.default_rng(0)
+LABELS = RANDOM.integers(0, 4, 36).astype(np.int32)
+TRAIN = Split(  # the label shows in the brightness
+  (
+    RANDOM.integers(0, 60, (36, 8, 8, 3)) + 60 * LABELS[:, None, None, None]
+  ).astype(np.uint8),
+  LABELS,
+)
+MODEL = models.build(
+  models.Settings(name='resnet8', width=4, dtype='float32'), num_classes=4
+)
+FRESH = MODEL.init(jax.random.key(0), (8, 8, 3))
+
+
+def settings_of(name, **changes):
+  """The stage's section of the paper's config, made short.
+
+  A stage that has none there takes the supervised one's, as far as it fits.
+  """
+  config = cifar10.get_config().copy_and_resolve_references().to_dict()
+  target = STAGES[name].Settings
+  known = inspect.signature(target).parameters
+  section = config.get(name, config['supervised'])
+  section = {k: v for k, v in section.items() if k in known}
+  section |= {'total_epochs': 3, 'batch_size': 8, 'eval_epochs': 1} | changes
+  if 'attack' in section:
+    section['attack'] |= {'steps': 2}
+  return parse(target, section, name)
+
+
+def upstream_of(name):
+  """A pruned network for fine-tuning, a fresh one for all others."""
+  if name != 'finetune':
+    return FRESH
+  pruning = STAGES['prune'].stage(MODEL, settings_of('prune'))
+  return pruning.finish(pruning.start(FRESH, jax.random.key(0)))
+
+
+def mesh_of(devices):
+  return Mesh(np.array(jax.devices()[:devices]), ('data',))
+
+
+def stage_run(name, directory, devices=1, measure=None, **changes):
+  settings = settings_of(name, **changes)
+  return loop.StageRun(
+    name=name,
+    label=name,
+    stage=STAGES[name].stage(MODEL, settings),
+    settings=settings,
+    upstream=upstream_of(name),
+    train=TRAIN,
+    seed=3,
+    mesh=mesh_of(devices),
+    directory=epath.Path(directory),
+    measure=measure,
+    about={'run': 'test', 'stage': name, 'config': {}},
+    save_steps=3,
+    tensorboard=False,
+  )
+
+
+def assert_equal_trees(actual, wanted):
+  actual, wanted = flatten(actual), flatten(wanted)
+  assert actual.keys() == wanted.keys()
+  for path in wanted:
+    np.testing.assert_array_equal(actual[path], wanted[path], err_msg=path)
+
+
+def rows_without_clocks(directory):
+  rows = metrics.read(epath.Path(directory) / 'metrics.jsonl', 99)
+  clocks = ('seconds', 'images_per_second')
+  return [{k: v for k, v in r.items() if k not in clocks} for r in rows]
+
+
+def stem_size(variables):
+  """Stands for an accuracy: some number that training changes."""
+  kernel = flatten(variables['params'])['encoder/stem/kernel']
+  return {'validation_robust_top1': float(jnp.abs(kernel).sum())}
+
+
+class Interruption(Exception):
+  pass
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_resumes_bit_exactly(name, tmp_path, monkeypatch):
+  """Stopped twice within an epoch, on the way to the next save, and run on."""
+  start = lambda folder: loop.run_stage(
+    stage_run(name, tmp_path / folder, measure=stem_size)
+  )
+  wanted = start('straight')
+  for stop in (5, 8):
+
+    def show(self, done, note, stop=stop):
+      if done == stop:
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+      patch.setattr(loop.Progress, 'show', show)
+      with pytest.raises(Interruption):
+        start('stopped')
+    saves = tmp_path / 'stopped' / 'checkpoints'
+    assert max(int(p.name) for p in saves.iterdir()) == stop // 3 * 3
+  actual = start('stopped')
+
+  assert_equal_trees(actual, wanted)
+  straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+  assert rows_without_clocks(stopped) == rows_without_clocks(straight)
+  for folder in ('model', 'best_validation'):
+    one, about = checkpoint.load_model(epath.Path(stopped) / folder)
+    other, about_other = checkpoint.load_model(epath.Path(straight) / folder)
+    assert_equal_trees(one, other)
+    assert about == about_other
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_trains_what_it_says_and_nothing_else(name, tmp_path):
+  run = stage_run(name, tmp_path)
+  before = run.stage.start(run.upstream, jax.random.key(0))
+  params = run.stage.weights(before.trainable, before.frozen)
+  batch = Batch(jnp.asarray(TRAIN.images[:8]), jnp.asarray(TRAIN.labels[:8]))
+
+  def loss(trainable, frozen):
+    params = run.stage.weights(trainable, frozen)
+    value, _ = run.stage.loss(
+      params, before.batch_stats, batch, jax.random.key(1)
+    )
+    return value
+
+  value, gradient = jax.value_and_grad(loss)(before.trainable, before.frozen)
+  assert np.isfinite(float(value))
+  moving = [
+    path
+    for path, g in flatten(gradient).items()
+    if bool(jnp.isfinite(g).all()) and bool((g != 0).any())
+  ]
+  # Convolutions before a BatchNorm have gradients too: none may be missing.
+  assert len(moving) == len(flatten(before.trainable))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_the_same_on_one_device_and_on_four(name, tmp_path):
+  """One step agrees; ReLU flips make later float32 steps drift apart."""
+  results = []
+  for devices in (1, 4):
+    run = stage_run(name, tmp_path / str(devices), devices, total_epochs=1)
+    optimizer, _ = optim.make(run.settings.optimizer, 1, 4)
+    trained = run.stage.start(run.upstream, jax.random.key(0))
+    state = loop.TrainState(
+      step=jnp.int32(0),
+      trained=trained,
+      opt_state=optimizer.init(trained.trainable),
+      sums={},
+    )
+    step = jax.jit(loop.make_step(run.stage, optimizer, run.mesh))
+    state, data = jax.device_put(
+      (state, Batch(*TRAIN)), loop.replicated(run.mesh)
+    )
+    order = loop.epoch_order(jax.random.key(1), 0, 36, 8)
+    state, loss = step(state, data, order, jax.random.key(2))
+    results.append(jax.device_get((state.trained, loss)))
+  one, four = results
+  np.testing.assert_allclose(one[1], four[1], rtol=1e-5)
+  for a, b in zip(*map(jax.tree.leaves, (one[0], four[0])), strict=True):
+    np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-3)
+
+
+def test_pruning_keeps_k_a_layer_and_tuning_never_leaves_the_mask(tmp_path):
+  pruned = loop.run_stage(stage_run('prune', tmp_path / 'p', keep=0.2))
+  kept = masks.density(pruned['masks'])
+  assert set(kept) == set(models.maskable(flatten(pruned['params'])))
+  assert all(k == masks.kept_count(n, 0.2) for k, n in kept.values())
+
+  run = dataclasses.replace(
+    stage_run('finetune', tmp_path / 'f'), upstream=pruned
+  )
+  tuned = loop.run_stage(run)
+  assert_equal_trees(tuned['masks'], pruned['masks'])
+  before, after = flatten(pruned['params']), flatten(tuned['params'])
+  for path, mask in pruned['masks'].items():
+    assert not np.any(np.asarray(after[path])[~np.asarray(mask)])
+    assert np.any(np.asarray(after[path]) != np.asarray(before[path]))
+  # The dense weights, decayed but not zero, stay in the train state.
+  trained = run.stage.start(pruned, jax.random.key(0))
+  dense = flatten(FRESH['params'])
+  for path in pruned['masks']:
+    np.testing.assert_allclose(trained.trainable[path], dense[path], atol=1e-7)
+
+
+def test_no_epochs_hand_on_magnitude_pruning(tmp_path):
+  run = stage_run('prune', tmp_path, total_epochs=0, keep=0.5)
+  pruned = loop.run_stage(run)
+  for path, w in models.maskable(flatten(FRESH['params'])).items():
+    if path in pruned['masks']:
+      wanted = masks.topk_mask(w, 0.5).astype(bool)
+      np.testing.assert_array_equal(pruned['masks'][path], wanted)
+
+
+@pytest.mark.parametrize(
+  'name, changes',
+  [
+    ('pretrain', {'loss': 'eq3', 'detach_keys': False}),
+    ('supervised', {'loss': 'ce_pgd'}),
+    ('supervised', {'loss': 'natural'}),
+    ('linear_eval', {'loss': 'adversarial'}),
+  ],
+)
+def test_every_loss_learns(name, changes, tmp_path):
+  gentle = {'learning_rate': 0.01, 'schedule': 'constant'}
+  run = stage_run(
+    name, tmp_path, total_epochs=12, eval_epochs=0, optimizer=gentle, **changes
+  )
+  loop.run_stage(run)
+  losses = [row['loss'] for row in rows_without_clocks(tmp_path)]
+  assert np.mean(losses[-3:]) < losses[0]
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
+  key = jax.random.key(0)
+  orders = [np.asarray(loop.epoch_order(key, e, 20, 6)) for e in (0, 1, 0)]
+  assert orders[0].shape == (3, 6) and len(np.unique(orders[0])) == 18
+  np.testing.assert_array_equal(orders[0], orders[2])
+  assert (orders[0] != orders[1]).any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  section = {'name': 'sgd', 'learning_rate': 1e30, 'schedule': 'constant'}
+  run = stage_run('supervised', tmp_path, optimizer=section)
+  with pytest.raises(RunFailed, match='loss is (nan|inf)'):
+    loop.run_stage(run)
+
+
+def test_the_best_epoch_is_the_first_of_equals_and_never_nan(tmp_path):
+  values = iter([float('nan'), 5.0, 5.0])
+  measure = lambda variables: {'validation_robust_top1': next(values)}
+  loop.run_stage(stage_run('supervised', tmp_path, measure=measure))
+  _, about = checkpoint.load_model(epath.Path(tmp_path) / 'best_validation')
+  assert about['epoch'] == 2 and about['selection'] == 'best_validation'
