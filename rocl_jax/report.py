@@ -39,6 +39,27 @@ RUNS = {
   'magnitude': 'pruned by weight magnitude instead of learned scores',
 }
 
+# What the overview says of a stage: what happens, what it trains, what not.
+STAGE_TEXTS = {
+  'pretrain': (
+    'contrastive learning against instance-wise attacks, no labels',
+    'encoder, projector',
+    '',
+  ),
+  'linear_eval': ('a linear classifier on the features', 'head', 'encoder'),
+  'supervised': ('adversarial training with labels', 'encoder, head', ''),
+  'prune': (
+    'learn which weights matter, keep the top k of each layer',
+    'scores, BatchNorm',
+    'weights',
+  ),
+  'finetune': (
+    'train the kept weights further',
+    'kept weights, BatchNorm',
+    'masks',
+  ),
+}
+
 SELECTIONS = {
   'last': 'the last epoch, selected on nothing',
   'best_validation': 'best on validation images, held out of the training set',
@@ -599,6 +620,11 @@ def _header(
       lines.append(f'- Attack of the main table: {_attack_text(record)}')
       break
   out.text(f'# Report: {title}', '\n'.join(lines))
+  stages = work.stages(work.main_run)
+  if stages:
+    texts = [(s, *STAGE_TEXTS.get(s, ('', '', ''))) for s in stages]
+    alt = f'The stages of the run: {", ".join(stages)}'
+    out.picture('overview', alt, figures.overview(texts))
   known = [f'- `{run}`: {RUNS[run]}' for run in work.runs if run in RUNS]
   if len(work.runs) > 1 and known:
     out.text('Runs:', '\n'.join(known))

@@ -66,7 +66,7 @@ def says(message, call, *args):
   with pytest.raises(UserError, match=message) as caught:
     call(*args)
   assert '\n' not in str(caught.value)
-  assert re.match(r'data\.\w+: ', str(caught.value))
+  assert re.match(r'config.data\.\w+: ', str(caught.value))
 
 
 def same(a, b):
@@ -88,9 +88,9 @@ def test_nearest():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('digit', '', 0), r"data.source: 'digit' is unknown.*'digits'"),
-    (('digits', '', -1), r'data.validation: -1; wanted 0 or more'),
-    (('binary', '', 0), r"data.directory: '' is empty; wanted"),
+    (('digit', '', 0), r"config.data.source: 'digit' is unknown.*'digits'"),
+    (('digits', '', -1), r'config.data.validation: -1; wanted 0 or more'),
+    (('binary', '', 0), r"config.data.dir: '' is empty; wanted"),
     (('folder', '/no/such', 0), r'/no/such does not exist; wanted'),
     (('binary', __file__, 0), r'is not a folder; wanted'),
     (('tfds', __file__, 0), r'is not a folder; wanted'),
@@ -426,7 +426,9 @@ def test_tfds_downloads(batches, tmp_path, accept):
 def test_tfds_offline_fails_fast(batches, tmp_path, accept, monkeypatch):
   path = batches / FILES[0]  # never read
   root = tmp_path / 'tfds'
-  message = rf'wanted {root / archive.NAME} or a network; data.source=binary\|'
+  message = (
+    rf'wanted {root / archive.NAME} or a network; config.data.source=binary\|'
+  )
   with socket.socket() as bound:  # not listening: the connection is refused
     bound.bind(('127.0.0.1', 0))
     accept(path, f'http://127.0.0.1:{bound.getsockname()[1]}/a.tar.gz')

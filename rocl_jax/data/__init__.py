@@ -52,11 +52,13 @@ def check(source: str, directory: str, validation: int) -> None:
   """
   if source not in SOURCES:
     raise UserError(
-      f'data.source: {source!r} is unknown{nearest(source, SOURCES)}; '
+      f'config.data.source: {source!r} is unknown{nearest(source, SOURCES)}; '
       f'wanted one of {", ".join(SOURCES)}'
     )
   if validation < 0:
-    raise UserError(f'data.validation: {validation}; wanted 0 or more images')
+    raise UserError(
+      f'config.data.validation: {validation}; wanted 0 or more images'
+    )
   _CHECKS[source](directory)
 
 
@@ -87,7 +89,7 @@ def _hold_out(train: Split, validation: int) -> tuple[Split, Split]:
   images, labels = train
   if validation >= len(labels):
     raise UserError(
-      f'data.validation: {validation} of {len(labels)} training images; '
+      f'config.data.validation: {validation} of {len(labels)} training images; '
       f'wanted at most {len(labels) - 1}'
     )
   # RandomState: its streams are frozen, those of Generator may change.

@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[Split, Split]:
         regular = member.isfile() or member.isdir()
         if not regular or '..' in parts or member.name.startswith('/'):
           raise UserError(
-            f'data.directory: {path} holds {member.name!r}, a link, a '
+            f'config.data.dir: {path} holds {member.name!r}, a link, a '
             'device or a path out of the archive; wanted plain files only'
           )
         if parts[:-1] == (binary.FOLDER,) and member.isfile():
@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[Split, Split]:
             contents[name] = file.read()
   except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
     raise UserError(
-      f'data.directory: {path} cannot be read ({one_line(error)}); '
+      f'config.data.dir: {path} cannot be read ({one_line(error)}); '
       f'wanted the official {NAME}'
     ) from error
 
@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[Split, Split]:
     for name in names:
       if name not in contents:
         raise UserError(
-          f'data.directory: {path} holds no {binary.FOLDER}/{name}; '
+          f'config.data.dir: {path} holds no {binary.FOLDER}/{name}; '
           f'wanted the official {NAME}'
         )
     return binary.join(

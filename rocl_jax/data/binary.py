@@ -32,7 +32,7 @@ def check(directory: str) -> None:
   for name in TRAIN_FILES + TEST_FILES:
     path = folder / name
     if not path.is_file():
-      raise UserError(f'data.directory: {path} not found; wanted {_WANTED}')
+      raise UserError(f'config.data.dir: {path} not found; wanted {_WANTED}')
     _check_size(path.stat().st_size, str(path))
 
 
@@ -62,7 +62,7 @@ def parse(content: bytes, where: str) -> Split:
   wrong = np.flatnonzero(labels > 9)
   if len(wrong):
     raise UserError(
-      f'data.directory: {where} has label {labels[wrong[0]]} in record '
+      f'config.data.dir: {where} has label {labels[wrong[0]]} in record '
       f'{wrong[0]} (from 0); wanted 0..9'
     )
   planes = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -85,7 +85,7 @@ def _folder(directory: str) -> Path:
 def _check_size(size: int, where: str) -> None:
   if size == 0 or size % RECORD_BYTES:
     raise UserError(
-      f'data.directory: {where} has {size} bytes; wanted a positive multiple '
+      f'config.data.dir: {where} has {size} bytes; wanted a positive multiple '
       f'of {RECORD_BYTES} (one record)'
     )
 
@@ -95,7 +95,7 @@ def _read_file(path: Path) -> Split:
     content = path.read_bytes()
   except OSError as error:
     raise UserError(
-      f'data.directory: {path} cannot be read ({error.strerror}); '
+      f'config.data.dir: {path} cannot be read ({error.strerror}); '
       f'wanted {_WANTED}'
     ) from error
   return parse(content, str(path))

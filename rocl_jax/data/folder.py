@@ -63,7 +63,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
       entries = [entry for entry in found if not entry.name.startswith('.')]
   except OSError as error:
     raise UserError(
-      f'data.directory: {folder} cannot be read ({error.strerror}); '
+      f'config.data.dir: {folder} cannot be read ({error.strerror}); '
       f'wanted {_WANTED}'
     ) from error
   return sorted(entries, key=lambda entry: entry.name)
@@ -77,19 +77,19 @@ def _classes(root: Path) -> tuple[str, ...]:
       # A link could lead out of the folder, or round in a circle.
       if not entry.is_dir(follow_symlinks=False):
         raise UserError(
-          f'data.directory: {entry.path} is not a folder; wanted one folder '
+          f'config.data.dir: {entry.path} is not a folder; wanted one folder '
           'a class, and no links'
         )
       names.append(entry.name)
     if not names:
-      raise UserError(f'data.directory: {root / split} is empty; {_WANTED}')
+      raise UserError(f'config.data.dir: {root / split} is empty; {_WANTED}')
     found.append(tuple(names))
   train, test = found
   if train != test:
     name = min(set(train) ^ set(test))
     has, lacks = ('train', 'test') if name in train else ('test', 'train')
     raise UserError(
-      f'data.directory: {root} has {has}/{name} but no {lacks}/{name}; '
+      f'config.data.dir: {root} has {has}/{name} but no {lacks}/{name}; '
       'wanted the same classes in both'
     )
   return train
@@ -102,13 +102,13 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
     entries = _entries(folder / name)
     if not entries:
       raise UserError(
-        f'data.directory: {folder / name} is empty; wanted at least one image'
+        f'config.data.dir: {folder / name} is empty; wanted at least one image'
       )
     for rank, entry in enumerate(entries):
       regular = entry.is_file(follow_symlinks=False)
       if not regular or not entry.name.lower().endswith(_SUFFIXES):
         raise UserError(
-          f'data.directory: {entry.path} is not a regular .jpg, .jpeg or .png '
+          f'config.data.dir: {entry.path} is not a regular .jpg, .jpeg or .png '
           'file; wanted only those'
         )
       ranked.append((rank, label, entry.path))
@@ -147,7 +147,7 @@ def _read_files(paths: Sequence[str]) -> list[bytes]:
       contents.append(Path(path).read_bytes())
     except OSError as error:
       raise UserError(
-        f'data.directory: {path} cannot be read ({error.strerror}); '
+        f'config.data.dir: {path} cannot be read ({error.strerror}); '
         'wanted a JPEG or PNG image'
       ) from error
   return contents
@@ -164,17 +164,17 @@ def _decode_image(
       height, width, mode = image.height, image.width, image.mode
       if like and (height, width) != like[1][:2]:
         raise UserError(
-          f'data.directory: {path} is {width}x{height} pixels but '
+          f'config.data.dir: {path} is {width}x{height} pixels but '
           f'{like[0]} is {like[1][1]}x{like[1][0]}; wanted one size'
         )
       if mode not in _EIGHT_BIT_MODES:
         raise UserError(
-          f'data.directory: {path} has mode {mode}; wanted RGB or grey '
+          f'config.data.dir: {path} has mode {mode}; wanted RGB or grey '
           'with 8 bits a channel'
         )
       return np.asarray(image.convert('RGB'))
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
     raise UserError(
-      f'data.directory: {path} cannot be decoded ({one_line(e)}); '
+      f'config.data.dir: {path} cannot be decoded ({one_line(e)}); '
       'wanted a JPEG or PNG image'
     ) from e

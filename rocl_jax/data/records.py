@@ -58,11 +58,11 @@ class Dataset(NamedTuple):
 def folder_path(directory: str, wanted: str) -> Path:
   """Returns `directory` as a path; UserError unless it is a folder."""
   if not directory:
-    raise UserError(f"data.directory: '' is empty; wanted {wanted}")
+    raise UserError(f"config.data.dir: '' is empty; wanted {wanted}")
   path = Path(directory).expanduser()
   if not path.is_dir():
     found = 'is not a folder' if path.exists() else 'does not exist'
-    raise UserError(f'data.directory: {directory} {found}; wanted {wanted}')
+    raise UserError(f'config.data.dir: {directory} {found}; wanted {wanted}')
   return path
 
 
@@ -76,7 +76,7 @@ def validate(raw: RawDataset) -> None:
   """Raises UserError unless both splits are well formed and not empty."""
   classes = len(raw.class_names)
   for name, split in (('training', raw.train), ('test', raw.test)):
-    where = f'data.source: the {name} set of {raw.name}'
+    where = f'config.data.source: the {name} set of {raw.name}'
     images, labels = split
     if len(images) == 0:
       raise UserError(f'{where} is empty; wanted at least one image')
@@ -98,6 +98,6 @@ def validate(raw: RawDataset) -> None:
   sizes = [split.images.shape[1:] for split in (raw.train, raw.test)]
   if sizes[0] != sizes[1]:
     raise UserError(
-      f'data.source: {raw.name} has training images {list(sizes[0])} and test '
+      f'config.data.source: {raw.name} has training images {list(sizes[0])} and test '
       f'images {list(sizes[1])}; wanted one size'
     )

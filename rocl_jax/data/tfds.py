@@ -32,7 +32,7 @@ from rocl_jax.data.records import (
 )
 from rocl_jax.errors import UserError
 
-_OFFLINE = 'data.source=binary|folder|digits work offline'
+_OFFLINE = 'config.data.source=binary|folder|digits work offline'
 _PROBE_SECONDS = 8  # for the name, the connection and the first answer
 
 
@@ -44,16 +44,16 @@ def check(directory: str) -> None:
   path = _data_dir(directory)
   if '://' in directory or (path.exists() and not path.is_dir()):
     raise UserError(
-      f'data.directory: {directory} is not a folder; wanted the data_dir of '
+      f'config.data.dir: {directory} is not a folder; wanted the data_dir of '
       'TensorFlow Datasets on a local disk'
     )
   builder = _builder(path)
   file_format = builder.info.file_format.value
   if _prepared(builder) and file_format != 'array_record':
     raise UserError(
-      f'data.directory: {builder.data_dir} is in the {file_format} format, '
+      f'config.data.dir: {builder.data_dir} is in the {file_format} format, '
       'which only TensorFlow reads; wanted array_record: remove that folder '
-      'or set data.directory to another one, and it is prepared anew'
+      'or set config.data.dir to another one, and it is prepared anew'
     )
 
 
@@ -169,7 +169,7 @@ def _prepare(builder: Any, path: Path) -> None:
     expected, got = re.findall(r"checksum='(\w+)'", str(error))
     what = str(local) if local else url
     raise UserError(
-      f'data.directory: {what} has SHA-256 {got}; wanted {expected}: fetch '
+      f'config.data.dir: {what} has SHA-256 {got}; wanted {expected}: fetch '
       f'{url} again, or: {_OFFLINE}'
     ) from error
   # A full disk is an OSError or, from array_record, a RuntimeError.
@@ -177,7 +177,7 @@ def _prepare(builder: Any, path: Path) -> None:
     if _prepared(builder):
       return  # another process was faster
     raise UserError(
-      f'data.directory: CIFAR-10 cannot be prepared in {path} '
+      f'config.data.dir: CIFAR-10 cannot be prepared in {path} '
       f'({one_line(error)}); wanted a writable folder with 500 MB free, and '
       f'{places[1]} or a network; {_OFFLINE}'
     ) from error
@@ -220,7 +220,7 @@ def _probe(url: str, place: Path) -> None:
   thread.join(_PROBE_SECONDS)
   if failure[0]:
     raise UserError(
-      f'data.directory: no CIFAR-10 in {place.parent} and {url} is out of '
+      f'config.data.dir: no CIFAR-10 in {place.parent} and {url} is out of '
       f'reach ({failure[0]}); wanted {place} or a network; {_OFFLINE}'
     )
 
@@ -244,7 +244,7 @@ def _read_split(builder: Any, name: str) -> Split:
   # Damaged files raise whatever the reader, protobuf or pillow raises.
   except Exception as error:
     raise UserError(
-      f'data.directory: the {name} files in {builder.data_dir} cannot be read '
+      f'config.data.dir: the {name} files in {builder.data_dir} cannot be read '
       f'({one_line(error)}); remove that folder, and it is prepared anew'
     ) from error
   return Split(images, labels)
