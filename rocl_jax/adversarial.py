@@ -8,7 +8,6 @@ batch of its own.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax import lax
@@ -58,9 +57,11 @@ def make_loss(
       batch.images, view_key, settings.crop_padding, settings.flip
     )
     variables = {'params': params, 'batch_stats': batch_stats}
-    return objective(
+    values, passes, metrics = objective(
       model, variables, images, batch.labels, attack_key, settings
     )
+    statistics = update_statistics(batch_stats, passes)
+    return values.mean(), (statistics, metrics)
 
   return loss
 
@@ -71,21 +72,15 @@ def _trades(model, variables, images, labels, key, settings):
   x_adv = settings.attack.attack(
     lambda x: losses.kl_divergence(clean, frozen(x)), images, key
   )
-  logits, moments = model.train(variables, images)
-  adversarial, adversarial_moments = model.train(
-    variables, lax.stop_gradient(x_adv)
+  logits, other, moments, other_moments = _train(
+    model, variables, images, x_adv
   )
-  loss = losses.trades(logits, adversarial, labels, settings.beta).mean()
+  values = losses.trades(logits, other, labels, settings.beta)
   # The published step runs four training-mode passes, for the accuracy meter,
   # the cross-entropy, the adversary and the KL's target, and each of them
   # updates the running averages. Only two of them differ.
-  passes = [moments, moments, adversarial_moments, moments]
-  statistics = update_statistics(variables['batch_stats'], passes)
-  metrics = {
-    'accuracy': _accuracy(logits, labels),
-    'adversarial_accuracy': _accuracy(adversarial, labels),
-  }
-  return loss, (statistics, metrics)
+  passes = [moments, moments, other_moments, moments]
+  return values, passes, _accuracies(labels, logits, other)
 
 
 def _ce_pgd(model, variables, images, labels, key, settings):
@@ -93,35 +88,37 @@ def _ce_pgd(model, variables, images, labels, key, settings):
   x_adv = settings.attack.attack(
     lambda x: losses.cross_entropy(frozen(x), labels), images, key
   )
-  logits, moments = model.train(variables, images)
-  adversarial, adversarial_moments = model.train(
-    variables, lax.stop_gradient(x_adv)
+  logits, other, moments, other_moments = _train(
+    model, variables, images, x_adv
   )
-  clean_loss = losses.cross_entropy(logits, labels)
-  adversarial_loss = losses.cross_entropy(adversarial, labels)
-  loss = (clean_loss + settings.beta * adversarial_loss).mean()
-  passes = [moments, adversarial_moments]
-  statistics = update_statistics(variables['batch_stats'], passes)
-  metrics = {
-    'accuracy': _accuracy(logits, labels),
-    'adversarial_accuracy': _accuracy(adversarial, labels),
-  }
-  return loss, (statistics, metrics)
+  values = losses.cross_entropy(logits, labels)
+  values += settings.beta * losses.cross_entropy(other, labels)
+  return values, [moments, other_moments], _accuracies(labels, logits, other)
 
 
 def _natural(model, variables, images, labels, key, settings):
   del key, settings
   logits, moments = model.train(variables, images)
-  loss = losses.cross_entropy(logits, labels).mean()
-  statistics = update_statistics(variables['batch_stats'], [moments])
-  return loss, (statistics, {'accuracy': _accuracy(logits, labels)})
+  values = losses.cross_entropy(logits, labels)
+  return values, [moments], _accuracies(labels, logits)
 
 
-def _accuracy(logits, labels):
-  return (logits.argmax(-1) == labels).mean()
+def _train(model, variables, images, x_adv):
+  """Clean and adversarial images in training mode, each its own batch."""
+  logits, moments = model.train(variables, images)
+  other, other_moments = model.train(variables, lax.stop_gradient(x_adv))
+  return logits, other, moments, other_moments
 
 
-LOSSES: dict[str, Any] = {
+def _accuracies(labels, *logits):
+  names = ('accuracy', 'adversarial_accuracy')
+  right = ((x.argmax(-1) == labels).mean() for x in logits)
+  return dict(zip(names, right, strict=False))
+
+
+# (model, variables, images, labels, key, settings) -> (loss [N], moments of
+# the training-mode passes in their order, metrics)
+LOSSES: dict[str, Callable[..., tuple[jax.Array, list[Tree], Metrics]]] = {
   'trades': _trades,
   'ce_pgd': _ce_pgd,
   'natural': _natural,

@@ -178,8 +178,13 @@ def evaluator(
     )
     return outcome, x_adv
 
-  compiled_measure = compiled.jit(measure, out_shardings=replicated(mesh))
+  everywhere = replicated(mesh)
   batches = NamedSharding(mesh, PartitionSpec('data'))
+  compiled_measure = compiled.jit(measure, out_shardings=everywhere)
+
+  def place(variables):
+    visible = {k: variables[k] for k in ('params', 'batch_stats')}
+    return jax.device_put(visible, everywhere)
 
   def one_batch(variables, split, seed, start, size):
     rows = np.minimum(np.arange(start, start + size), len(split.labels) - 1)
@@ -187,12 +192,12 @@ def evaluator(
     batch = jax.device_put((images, labels), batches)
     key = jax.random.fold_in(jax.random.key(seed), _name_hash(attack.name))
     key = jax.random.fold_in(key, start)
-    visible = {k: variables[k] for k in ('params', 'batch_stats')}
-    return compiled_measure(visible, *batch, key)
+    return compiled_measure(variables, *batch, key)
 
   def outcome(variables, split, seed):
     n = len(split.labels)
     size = _fitting_size(batch_size, n, mesh.size)
+    variables = place(variables)
     # All batches are queued before the first result is fetched.
     parts = [
       one_batch(variables, split, seed, start, size)[0]
@@ -206,7 +211,7 @@ def evaluator(
   def examples(variables, split, seed, count):
     n = len(split.labels)
     size = _fitting_size(batch_size, n, mesh.size)
-    result = one_batch(variables, split, seed, 0, size)
+    result = one_batch(place(variables), split, seed, 0, size)
     first, x_adv = jax.device_get(result)
     count = min(count, n, size)
     clean = np.asarray(split.images[:count], np.float32) / 255

@@ -59,10 +59,7 @@ def run(config: ConfigDict, workdir: str) -> list[results.Record]:
   settings = experiment.data
   dataset = load(settings.source, settings.dir, settings.validation)
   _check_sizes(experiment, dataset)
-  mesh = make_mesh()
-  chains = [
-    make_chain(experiment, r, dataset, mesh, root) for r in experiment.runs
-  ]
+  chains = _chains(experiment, dataset, root)
   _rehearse(chains)
   for chain in chains:
     _check_requests(chain)
@@ -111,32 +108,41 @@ class Chain:
     ]
 
 
-def make_chain(
-  experiment: Experiment,
-  run: Run,
-  dataset: Dataset,
-  mesh: Mesh,
-  root: epath.Path,
-) -> Chain:
-  """Builds a run's network and evaluation; compiles nothing yet."""
-  model = models.build(run.model, len(dataset.class_names))
-  settings = experiment.eval
+def _chains(
+  experiment: Experiment, dataset: Dataset, root: epath.Path
+) -> list[Chain]:
+  """All runs with their networks and evaluations; nothing is compiled yet."""
+  mesh = make_mesh()
+
+  @functools.cache  # runs of the same network share its compiled evaluation
+  def network(settings: models.Settings):
+    model = models.build(settings, len(dataset.class_names))
+    batch_size = experiment.eval.batch_size
+    return model, tuple(
+      evaluation.evaluator(model, attack, mesh, batch_size)
+      for attack in experiment.eval.selected
+    )
+
   splits = {'validation': dataset.validation, 'test': dataset.test}
-  return Chain(
-    run=run,
-    root=root,
-    directory=root if run is experiment.runs[0] else root / run.name,
-    dataset=dataset,
-    mesh=mesh,
-    model=model,
-    evaluators=tuple(
-      evaluation.evaluator(model, attack, mesh, settings.batch_size)
-      for attack in settings.selected
-    ),
-    splits=evaluation.cut(splits, settings.examples),
-    save_steps=experiment.save_steps,
-    tensorboard=experiment.tensorboard,
-  )
+  chains = []
+  for one in experiment.runs:
+    model, evaluators = network(one.model)
+    is_main = one is experiment.runs[0]
+    chains.append(
+      Chain(
+        run=one,
+        root=root,
+        directory=root if is_main else root / one.name,
+        dataset=dataset,
+        mesh=mesh,
+        model=model,
+        evaluators=evaluators,
+        splits=evaluation.cut(splits, experiment.eval.examples),
+        save_steps=experiment.save_steps,
+        tensorboard=experiment.tensorboard,
+      )
+    )
+  return chains
 
 
 def run_chain(chain: Chain) -> None:

@@ -98,6 +98,6 @@ def validate(raw: RawDataset) -> None:
   sizes = [split.images.shape[1:] for split in (raw.train, raw.test)]
   if sizes[0] != sizes[1]:
     raise UserError(
-      f'config.data.source: {raw.name} has training images {list(sizes[0])} and test '
-      f'images {list(sizes[1])}; wanted one size'
+      f'config.data.source: {raw.name} has training images {list(sizes[0])} '
+      f'and test images {list(sizes[1])}; wanted one size'
     )
