@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow"
 
 # What CI runs before the tests.
 check: .venv/installed-dev

@@ -61,13 +61,11 @@ def save_model(
     about: JSON to keep with it: run, stage, config and what else matters.
   """
   new = directory.with_name(directory.name + '.new')
-  for old in (new,):
-    if old.exists():
-      old.rmtree()
+  if new.exists():  # of an interrupted attempt
+    new.rmtree()
   new.mkdir(parents=True)
-  nested = _nest(variables)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(new.resolve() / 'variables', nested)
+    checkpointer.save(new.resolve() / 'variables', _nest(variables))
   (new / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True))
   if directory.exists():
     directory.rmtree()
@@ -86,7 +84,10 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
   """
   if not is_model(directory):
     raise UserError(f'{directory}: no model here ({ABOUT} is missing)')
-  about = json.loads((directory / ABOUT).read_text())
+  try:
+    about = json.loads((directory / ABOUT).read_text())
+  except ValueError as e:
+    raise UserError(f'{directory / ABOUT}: not valid JSON: {e}') from None
   with ocp.StandardCheckpointer() as checkpointer:
     path = directory.resolve() / 'variables'
     like = jax.tree.map(

@@ -269,3 +269,19 @@ def test_other_mistakes(call, finished, tmp_path):
     result = call(*arguments, status=2)
     assert wanted in result.stderr, result.stderr
     assert result.stderr.count('\n') == 1, result.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_shows_what_it_promises(call, tmp_path):
+  """The orderings that the README's table shows, on the full quickstart."""
+  workdir = tmp_path / 'w'
+  call('train.py', '--config=configs/quickstart.py', f'--workdir={workdir}')
+  robust = {
+    (r['run'], r['stage']): r['robust_top1']
+    for r in records_of(workdir)
+    if r['selection'] == 'last' and r['split'] == 'test'
+  }
+  assert robust['ours', 'supervised'] > 75
+  assert robust['ours', 'finetune'] > 70
+  assert robust['natural', 'supervised'] < 40
+  assert robust['magnitude', 'prune'] < 20
