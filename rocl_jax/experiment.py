@@ -178,13 +178,15 @@ def _parse_run(config, name):
   for stage in top.stages:
     if stage not in sections:
       raise UserError(f'config.{stage}: missing, and config.stages names it')
+  name = name or top.name
   run = Run(
-    name=name or top.name,
+    name=name,
     seed=top.seed,
     stages=tuple((stage, sections[stage]) for stage in top.stages),
     init_from=top.init_from,
     model=top.model,
-    config={k: v for k, v in values.items() if k != 'baselines'},
+    config={k: v for k, v in values.items() if k != 'baselines'}
+    | {'name': name},
   )
   return top, run
 

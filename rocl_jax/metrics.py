@@ -45,8 +45,10 @@ def check_tensorboard() -> None:
 
 def tensorboard(directory: epath.Path) -> Callable[[int, Row], None]:
   """A function of step and row that writes the row's numbers as scalars."""
-  from clu import metric_writers  # it imports TensorFlow
+  import tensorflow as tf
+  from clu import metric_writers
 
+  tf.config.set_visible_devices([], 'GPU')  # it would take all their memory
   writer = metric_writers.SummaryWriter(str(directory))
 
   def log(step: int, row: Row) -> None:
