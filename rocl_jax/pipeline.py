@@ -258,7 +258,7 @@ def _measure(chain: Chain, variables: Variables) -> dict[str, float]:
   for name, split in chain.splits.items():
     outcome = chain.evaluators[0].outcome(variables, split, chain.run.seed)
     for field in ('clean_top1', 'robust_top1'):
-      row[f'{name}_{field}'] = outcome.percent(field)
+      row[f'{name}_{field}'] = round(outcome.percent(field), 4)
   return row
 
 
