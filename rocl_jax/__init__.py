@@ -1,0 +1,4 @@
+"""Robust and small neural networks: RoCL, adversarial training, HYDRA.
+
+`rocl_jax.types` is the page to read first.
+"""
