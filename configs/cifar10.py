@@ -115,11 +115,23 @@ def get_config(argument: str = '') -> ConfigDict:
   c.linear_eval.attack = follow(c.supervised.attack)
   c.linear_eval.attack.start = 'uniform_clipped'
   c.linear_eval.optimizer = follow(c.supervised.optimizer)
+  c.linear_eval.optimizer.learning_rate = 0.1
   c.linear_eval.optimizer.weight_decay = 5e-4
   c.linear_eval.optimizer.schedule = 'milestones'
 
-  # Overlays of this config, run beside it on the same data.
+  # Overlays of this config, and which of them to run beside it on its data.
   c.baselines = ConfigDict()
+  c.baselines.rocl = ConfigDict()  # RoCL's linear evaluation
+  c.baselines.rocl.stages = ('linear_eval',)
+  c.baselines.rocl.init_from = '1_pretrain'
+  c.baselines.magnitude = ConfigDict()  # pruned, and not trained any further
+  c.baselines.magnitude.stages = ('prune',)
+  c.baselines.magnitude.init_from = '2_supervised'
+  c.baselines.magnitude.prune = ConfigDict(dict(total_epochs=0))
+  c.baselines.natural = ConfigDict()  # without adversaries
+  c.baselines.natural.stages = ('supervised',)
+  c.baselines.natural.supervised = ConfigDict(dict(loss='natural'))
+  c.compare = ()
 
   c.eval = eval_configs.get_config('paper').eval
 
@@ -134,4 +146,7 @@ def get_config(argument: str = '') -> ConfigDict:
     c.supervised.attack.step_size = '0.0078'
     c.eval.eps = '0.031'
     c.eval.attacks.pgd10.step_size = '0.0078'
+    c.eval.attacks.pgd20.eps = '0.0314'
+    c.linear_eval.attack.eps = '0.0314'
+    c.linear_eval.attack.step_size = '0.007'
   return c

@@ -34,14 +34,18 @@ def get_config(argument: str = 'paper') -> ConfigDict:
   c.eval.examples = 0  # the first so many images; 0 for all
   c.eval.suite = SUITES[argument]
   c.eval.attacks = ConfigDict()
-  c.eval.attacks.pgd10 = pgd(step_size='eps/4', steps=10)
-  c.eval.attacks.pgd20 = pgd(step_size='eps/10', steps=20)
+  for name, step_size, steps in (
+    ('pgd10', 'eps/4', 10),
+    ('pgd20', 'eps/10', 20),
+  ):
+    c.eval.attacks[name] = pgd(step_size, steps)
+    c.eval.attacks[name].eps = c.eval.get_ref('eps').identity()
   c.eval.attacks.pgd20.start = 'uniform_clipped'  # as in RoCL's test
   return c
 
 
 def pgd(step_size: str, steps: int) -> ConfigDict:
-  """PGD as HYDRA evaluates with it; eps is the suite's."""
+  """PGD as HYDRA evaluates with it; its eps follows the suite's."""
   return ConfigDict(
     dict(
       name='pgd',

@@ -44,17 +44,5 @@ def get_config(argument: str = '') -> ConfigDict:
   c.eval.eps = '0.1'
   c.eval.suite = ('pgd10',)
 
-  c.baselines.rocl = ConfigDict(
-    dict(stages=('linear_eval',), init_from='1_pretrain')
-  )
-  c.baselines.natural = ConfigDict(
-    dict(stages=('supervised',), supervised=dict(loss='natural'))
-  )
-  c.baselines.magnitude = ConfigDict(
-    dict(
-      stages=('prune',),
-      init_from='2_supervised',
-      prune=dict(total_epochs=0),
-    )
-  )
+  c.compare = ('rocl', 'magnitude', 'natural')
   return c

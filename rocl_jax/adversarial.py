@@ -15,7 +15,7 @@ from jax import lax
 from rocl_jax import augment, losses
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.models import Model, update_statistics
-from rocl_jax.settings import at_least, one_of
+from rocl_jax.settings import at_least, one_of, within
 from rocl_jax.training import Training
 from rocl_jax.types import Batch, Metrics, Tree
 
@@ -29,7 +29,7 @@ class Adversarial(Training):
     beta: weight of the adversarial term.
     attack: the training attack; 'natural' does not use it.
     crop_padding: zeros round the image before a random crop of its size.
-    flip: whether to mirror every other image.
+    flip: whether to mirror images, with probability 0.5.
   """
 
   loss: str
@@ -42,7 +42,7 @@ class Adversarial(Training):
     super().__post_init__()
     one_of('loss', self.loss, LOSSES)
     at_least('beta', self.beta, 0)
-    at_least('crop_padding', self.crop_padding, 0)
+    within('crop_padding', self.crop_padding, 0, 64)
 
 
 def make_loss(

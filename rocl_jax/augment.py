@@ -52,7 +52,7 @@ def crops(
     images: uint8 [N, H, W, 3].
     key: PRNG key of the batch.
     padding: zeros on each side before the crop; 0 for no crop.
-    flip: whether to mirror every other image.
+    flip: whether to mirror, with probability 0.5.
 
   Returns:
     float32 [N, H, W, 3] in [0, 1].

@@ -20,10 +20,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rocl_jax.errors import UserError
+from rocl_jax.files import read_json
 from rocl_jax.trees import flatten, unflatten
 from rocl_jax.types import TrainState, Variables
 
 ABOUT = 'model.json'
+_ABOUT_FIELDS = (
+  *('run', 'stage', 'selection', 'epoch', 'config', 'dataset'),
+  *('class_names', 'image_shape', 'fingerprint', 'sparsity', 'layers'),
+)
 
 
 def open_states(directory: epath.Path) -> ocp.CheckpointManager:
@@ -79,26 +84,25 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
     The variables, as NumPy arrays, and what `model.json` says.
 
   Raises:
-    UserError: not a model folder, or its weights are not zero where its masks
-      are.
+    UserError: not a model folder, or a damaged one.
   """
   if not is_model(directory):
     raise UserError(f'{directory}: no model here ({ABOUT} is missing)')
+  about = read_json(directory / ABOUT, dict)
+  for field in _ABOUT_FIELDS:
+    if field not in about:
+      raise UserError(f'{directory / ABOUT}: has no {field}')
+  path = directory.resolve() / 'variables'
   try:
-    about = json.loads((directory / ABOUT).read_text())
-  except ValueError as e:
-    raise UserError(f'{directory / ABOUT}: not valid JSON: {e}') from None
-  with ocp.StandardCheckpointer() as checkpointer:
-    path = directory.resolve() / 'variables'
-    like = jax.tree.map(
-      lambda x: np.empty(x.shape, x.dtype),
-      checkpointer.metadata(path).item_metadata,
-    )
-    variables = _flat_masks(checkpointer.restore(path, like))
-  params = flatten(variables['params'])
-  for name, mask in variables.get('masks', {}).items():
-    if np.any(params[name][~mask]):
-      raise UserError(f'{directory}: {name} has weights outside its mask')
+    with ocp.StandardCheckpointer() as checkpointer:
+      like = jax.tree.map(
+        lambda x: np.empty(x.shape, x.dtype),
+        checkpointer.metadata(path).item_metadata,
+      )
+      variables = _flat_masks(checkpointer.restore(path, like))
+  except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+    raise UserError(f'{path}: can not be read: {reason:.200}') from None
   return variables, about
 
 

@@ -49,7 +49,7 @@ def run(
       sys.exit(0)
     arguments = _parse(sys.argv)
     for name in required:
-      if not flags.FLAGS[name].present and flags.FLAGS[name].value is None:
+      if flags.FLAGS[name].value in (None, ''):
         raise UserError(f'--{name}: missing')
     if len(arguments) != positional:
       found = ' '.join(arguments) or 'none'
@@ -86,7 +86,7 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)[1:]
   except Exception as e:  # what config_flags raises depends on the mistake
-    problem = _explain(argv, path)
+    problem = None if isinstance(e, OSError) else _explain(argv, path)
     if problem is None and isinstance(e, flags.Error):
       problem = str(e).removeprefix('FATAL Flags parsing error: ')
     if problem is None:
@@ -175,7 +175,7 @@ def _wrong_type(value, default):
       return None if ok else kinds[bool]
     if type(default) in (int, float):
       type(default)(value)
-  except (ValueError, AttributeError):
+  except (ValueError, TypeError, AttributeError):
     return kinds[type(default)]
   if isinstance(default, tuple):
     return "a tuple such as ('a','b')"

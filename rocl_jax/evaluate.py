@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rocl_jax import command, evaluation
-from rocl_jax.settings import at_least, one_of, parse
+from rocl_jax.settings import one_of, parse, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Settings:
   eval: evaluation.Settings
 
   def __post_init__(self):
-    at_least('seed', self.seed, 0)
+    within('seed', self.seed, 0, 2**32 - 1)
     one_of('split', self.split, ('test', 'validation'))
 
 
@@ -68,12 +68,18 @@ def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
     UserError: a mistake in the config, or no model in the folder.
     RunFailed: the model fails its own checks.
   """
+  import jax
+
   from rocl_jax import checkpoint, data, mesh, models, results
   from rocl_jax.errors import UserError
 
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'--config: get_config gives {config!r:.40}, wanted a ConfigDict'
+    )
   values = config.copy_and_resolve_references().to_dict()
   settings = parse(Settings, values, 'config')
-  folder = epath.Path(model_folder).resolve()
+  folder = epath.Path(model_folder).expanduser().resolve()
   variables, about = checkpoint.load_model(folder)
   if 'head' not in variables['params']:
     raise UserError(f'--model: {folder} is an encoder without a classifier')
@@ -89,8 +95,21 @@ def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
       f"model's are {', '.join(about['class_names'])}"
     )
   splits = {settings.split: getattr(dataset, settings.split)}
+  splits = evaluation.cut(splits, settings.eval.examples)
+  if not splits:
+    raise UserError(
+      f'config.split: the model was trained without {settings.split} images'
+    )
   model_settings = parse(models.Settings, trained['model'], 'config.model')
   model = models.build(model_settings, len(dataset.class_names))
+  shape = dataset.test.images.shape[1:]
+  fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+  difference = models.mismatch(variables, fresh)
+  if difference:
+    raise UserError(
+      f'--model: {folder} is not the network that its model.json says: '
+      f'{difference}'
+    )
   devices = mesh.make_mesh()
   evaluators = [
     evaluation.evaluator(model, attack, devices, settings.eval.batch_size)
@@ -99,7 +118,7 @@ def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
   return results.evaluate_model(
     folder,
     evaluators,
-    evaluation.cut(splits, settings.eval.examples),
+    splits,
     settings.seed,
     folder.parent / 'results.json',
   )
@@ -109,7 +128,7 @@ def main(_: list[str]) -> None:
   from rocl_jax import report
 
   records = evaluate(flags.FLAGS.config, flags.FLAGS.model)
-  print(report.terminal_table(records))
+  print(report.evaluation_table(records))
 
 
 if __name__ == '__main__':

@@ -61,10 +61,8 @@ class EvaluationAttacks(dict[str, EvaluationAttack]):
   """The attacks that a suite may name: a section of sections."""
 
   @classmethod
-  def parse(
-    cls, section: Any, where: str, around: Mapping[str, Any]
-  ) -> 'EvaluationAttacks':
-    """Reads the section; an attack without `eps` gets that of `around`."""
+  def parse(cls, section: Any, where: str) -> 'EvaluationAttacks':
+    """Reads a section of attacks by name."""
     if not isinstance(section, Mapping):
       raise UserError(
         f'{where}: found {section!r}, wanted a section of attacks'
@@ -73,7 +71,7 @@ class EvaluationAttacks(dict[str, EvaluationAttack]):
     def attack(name, fields):
       fields, there = dict(fields), f'{where}.{name}'
       own = {k: fields.pop(k) for k in ('objective', 'restarts') if k in fields}
-      settings = AttackSettings.parse(fields, there, around)
+      settings = AttackSettings.parse(fields, there)
       defaults = {'objective': 'cross_entropy', 'restarts': 1}
       given = {'name': name, 'settings': settings}
       return parse(EvaluationAttack, defaults | own, there, given)
@@ -86,7 +84,7 @@ class Settings:
   """The `eval` section.
 
   Attributes:
-    eps: radius of every attack that does not set its own.
+    eps: the radius that the attacks' own follow in `configs/eval.py`.
     batch_size: images at a time.
     examples: evaluate the first so many images of a split; 0 for all.
     suite: names of the attacks to run, in this order.
@@ -100,6 +98,7 @@ class Settings:
   attacks: EvaluationAttacks
 
   def __post_init__(self):
+    at_least('eps', self.eps, 0)
     at_least('batch_size', self.batch_size, 1)
     at_least('examples', self.examples, 0)
     if not self.suite:
@@ -140,12 +139,14 @@ class Evaluator(NamedTuple):
 
   Attributes:
     attack: what it runs.
+    batch_size: images at a time; the random starts depend on it.
     outcome: (variables, split, seed) -> Outcome of all its images.
     examples: (variables, split, seed, count) -> (Outcome, clean images,
       adversarial images) of the first `count`, in [0, 1].
   """
 
   attack: EvaluationAttack
+  batch_size: int
   outcome: Callable[[Variables, Split, int], Outcome]
   examples: Callable[
     [Variables, Split, int, int], tuple[Outcome, np.ndarray, np.ndarray]
@@ -217,7 +218,7 @@ def evaluator(
     clean = np.asarray(split.images[:count], np.float32) / 255
     return Outcome(*(field[:count] for field in first)), clean, x_adv[:count]
 
-  return Evaluator(attack, outcome, examples)
+  return Evaluator(attack, batch_size, outcome, examples)
 
 
 def cut(splits: dict[str, Split], examples: int) -> dict[str, Split]:

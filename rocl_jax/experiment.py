@@ -1,11 +1,13 @@
 """What a config file asks for, checked as a whole before any device work.
 
 A config is one section for each part of the project, a section for each
-stage, and `baselines`: overlays of the same config, run beside the main run
-on the same data. An overlay names only what it changes.
+stage, and `baselines`: overlays of the same config, of which `compare` names
+those to run beside the main run on the same data. An overlay names only what
+it changes.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +16,15 @@ from ml_collections import ConfigDict
 
 from rocl_jax import data, evaluation, metrics, models
 from rocl_jax.errors import UserError, nearest
-from rocl_jax.settings import at_least, one_of, parse
+from rocl_jax.settings import at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
 
 # Fields that a baseline shares with the main run.
-_SHARED = ('name', 'data', 'eval', 'save_steps', 'tensorboard', 'baselines')
+_SHARED = (
+  *('name', 'data', 'eval', 'save_steps', 'tensorboard'),
+  *('baselines', 'compare'),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,8 @@ class _TopLevel:
   seed: int
   stages: tuple[str, ...]
   init_from: str
-  baselines: Any
+  baselines: dict
+  compare: tuple[str, ...]
   data: DataSettings
   model: models.Settings
   eval: evaluation.Settings
@@ -97,10 +103,12 @@ class _TopLevel:
   tensorboard: bool
 
   def __post_init__(self):
-    at_least('seed', self.seed, 0)
+    within('seed', self.seed, 0, 2**32 - 1)
     at_least('save_steps', self.save_steps, 1)
     for stage in self.stages:
       one_of('stages', stage, STAGES)
+    for name in self.compare:
+      one_of('compare', name, self.baselines)
     if self.tensorboard:
       metrics.check_tensorboard()
 
@@ -112,22 +120,30 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     UserError: an unknown or missing field, a wrong type or value, an unknown
       stage, attack or source, a missing data folder.
   """
-  top, main = _parse_run(config, name='')
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'--config: get_config gives {config!r:.40}, wanted a ConfigDict'
+    )
+  top, main = _parse_run(config, name='', where='config')
   runs = [main]
-  baselines = top.baselines
-  if not isinstance(baselines, Mapping | ConfigDict):
-    raise UserError(f'config.baselines: found {baselines!r}, wanted a section')
-  for name, overlay in baselines.items():
+  _check_name('config.name', main.name)
+  for name in top.compare:
+    where = f'config.baselines.{name}'
+    _check_name(where, name)
+    if name in [run.name for run in runs]:
+      raise UserError(f'{where}: there is a run of this name already')
+    overlay = config.baselines[name]
+    if not isinstance(overlay, ConfigDict):
+      raise UserError(f'{where}: found {overlay!r}, wanted a section')
     for field in _SHARED:
       if field in overlay:
         raise UserError(
-          f'config.baselines.{name}.{field}: a baseline shares this field '
-          'with the main run'
+          f'{where}.{field}: a baseline shares this field with the main run'
         )
     changed = copy.deepcopy(config)
     with changed.unlocked():
-      _overlay(changed, overlay, f'config.baselines.{name}')
-    runs.append(_parse_run(changed, name)[1])
+      _overlay(changed, overlay, where)
+    runs.append(_parse_run(changed, name, where)[1])
   _check_starts(runs)
   return Experiment(
     runs=tuple(runs),
@@ -138,6 +154,15 @@ def parse_experiment(config: ConfigDict) -> Experiment:
   )
 
 
+def _check_name(where, name):
+  """A run's name is that of a folder beside those of the stages."""
+  if not re.fullmatch(r'[A-Za-z][\w.-]*', name) or name == 'figures':
+    raise UserError(
+      f'{where}: found {name!r}, wanted a name of letters, digits, ".", "_" '
+      'and "-" that starts with a letter'
+    )
+
+
 def _overlay(config, overlay, where):
   """Sets the overlay's leaves in the config, where references follow them."""
   for field, value in overlay.items():
@@ -145,6 +170,8 @@ def _overlay(config, overlay, where):
       hint = nearest(field, config)
       raise UserError(f'{where}.{field}: no such field{hint}')
     if isinstance(value, Mapping | ConfigDict):
+      if not isinstance(config[field], ConfigDict):
+        raise UserError(f'{where}.{field}: not a section')
       _overlay(config[field], value, f'{where}.{field}')
       continue
     try:
@@ -156,28 +183,28 @@ def _overlay(config, overlay, where):
       ) from None
 
 
-def _parse_run(config, name):
+def _parse_run(config, name, where):
   values = config.copy_and_resolve_references().to_dict()
   fields = {k: v for k, v in values.items() if k not in STAGES}
   for field in fields:
     known = [*_TopLevel.__annotations__, *STAGES]
     if field not in known:
-      raise UserError(f'config.{field}: no such field{nearest(field, known)}')
-  top = parse(_TopLevel, fields, 'config')
+      raise UserError(f'{where}.{field}: no such field{nearest(field, known)}')
+  top = parse(_TopLevel, fields, where)
   # The stages of this run first: a mistake shows where it was made.
   sections = {
-    stage: parse(STAGES[stage].Settings, values[stage], f'config.{stage}')
+    stage: parse(STAGES[stage].Settings, values[stage], f'{where}.{stage}')
     for stage in dict.fromkeys((*top.stages, *STAGES))
     if stage in values
   }
   if len(set(top.stages)) < len(top.stages) or not top.stages:
     raise UserError(
-      f'config.stages: found {top.stages}, wanted at least one stage, each '
+      f'{where}.stages: found {top.stages}, wanted at least one stage, each '
       'at most once'
     )
   for stage in top.stages:
     if stage not in sections:
-      raise UserError(f'config.{stage}: missing, and config.stages names it')
+      raise UserError(f'{where}.{stage}: missing, and the stages name it')
   name = name or top.name
   run = Run(
     name=name,
@@ -186,7 +213,7 @@ def _parse_run(config, name):
     init_from=top.init_from,
     model=top.model,
     config={k: v for k, v in values.items() if k != 'baselines'}
-    | {'name': name},
+    | {'name': name, 'stages': top.stages},
   )
   return top, run
 

@@ -1,9 +1,11 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Small JSON files: written whole or not at all, read with a plain word."""
 
 import json
 from typing import Any
 
 from etils import epath
+
+from rocl_jax.errors import UserError
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -12,6 +14,21 @@ def write_text(path: epath.Path, text: str) -> None:
   new = path.with_name(path.name + '.new')
   new.write_text(text)
   new.replace(path)
+
+
+def read_json(path: epath.Path, kind: type) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    UserError: it can't be read, is not JSON, or not a `kind` at the top.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f'{path}: not a valid JSON file: {e}') from None
+  if not isinstance(value, kind):
+    raise UserError(f'{path}: found {value!r:.40}, wanted a {kind.__name__}')
+  return value
 
 
 def write_json(path: epath.Path, value: Any) -> None:

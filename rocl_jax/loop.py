@@ -192,6 +192,7 @@ def run_stage(run: StageRun) -> Variables:
           previous.block_until_ready()
         progress.show(done, f'epoch {epoch + 1}/{epochs}')
         if done % run.save_steps == 0 and done % steps:
+          _check_finite(run, state, manager)
           checkpoint.save_state(manager, done, state)
       row: metrics.Row = {'epoch': epoch + 1, 'step': done}
       row |= {k: float(v) / steps for k, v in sorted(state.sums.items())}
@@ -200,11 +201,7 @@ def run_stage(run: StageRun) -> Variables:
       row['seconds'] = round(seconds, 3)
       speed = (done - began_at) * batch_size / seconds
       row['images_per_second'] = round(speed, 1)
-      if not np.isfinite(row['loss']):
-        raise RunFailed(
-          f'{run.label}: the loss is {row["loss"]} in epoch {epoch + 1}; the '
-          f'last save, of step {manager.latest_step()}, is intact'
-        )
+      _check_finite(run, state, manager)
       book.write(row, functools.partial(finish, state))
       # After the row: a save promises that the rows up to it are there.
       if done % run.save_steps == 0 and done < total:
@@ -213,6 +210,16 @@ def run_stage(run: StageRun) -> Variables:
   variables = jax.device_get(finish(state))
   _publish(run, variables, 'last', epochs, run.directory / 'model')
   return variables
+
+
+def _check_finite(run, state, manager):
+  """Before every save: no step of this epoch was other than finite."""
+  for name in ('loss', 'grad_norm'):
+    if not np.isfinite(state.sums[name]):
+      raise RunFailed(
+        f'{run.label}: the {name} is not finite before step {state.step}; the '
+        f'last save, of step {manager.latest_step()}, is intact'
+      )
 
 
 class _Book:
@@ -246,12 +253,8 @@ class _Book:
 
 
 def _publish(run, variables, selection, epoch, directory):
-  about = run.about | {
-    'selection': selection,
-    'epoch': epoch,
-    'layers': results.layers(variables),
-    'sparsity': results.sparsity(variables),
-  }
+  about = run.about | {'selection': selection, 'epoch': epoch}
+  about |= results.identity(variables)
   checkpoint.save_model(directory, variables, about)
 
 

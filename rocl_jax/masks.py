@@ -20,8 +20,8 @@ Flat = dict[str, jax.Array]
 
 
 def kept_count(size: int, keep: float) -> int:
-  """How many of `size` entries stay: all but int((1 - keep) * size)."""
-  return size - int((1 - keep) * size)
+  """How many of `size` entries stay: all but int((1 - keep) * size), or one."""
+  return max(1, size - int((1 - keep) * size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -14,11 +14,18 @@ Row = dict[str, Any]
 
 
 def read(path: epath.Path, last_epoch: int) -> list[Row]:
-  """The rows of the epochs up to `last_epoch`; what came later is redone."""
+  """The rows of the epochs up to `last_epoch`; what came later is redone.
+
+  Raises:
+    UserError: the file holds something else.
+  """
   if not path.exists():
     return []
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  return [row for row in rows if row['epoch'] <= last_epoch]
+  try:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row['epoch'] <= last_epoch]
+  except (ValueError, TypeError, KeyError) as e:
+    raise UserError(f'{path}: not rows of metrics: {e!r}') from None
 
 
 def write(path: epath.Path, rows: list[Row]) -> None:
@@ -38,7 +45,7 @@ def check_tensorboard() -> None:
   for module in ('tensorflow', 'tensorboard'):
     if importlib.util.find_spec(module) is None:
       raise UserError(
-        f'config.log.tensorboard: {module} is not installed; '
+        f'config.tensorboard: {module} is not installed; '
         "pip install 'rocl-jax[tensorboard]'"
       )
 

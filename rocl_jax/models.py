@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from rocl_jax import convolution
-from rocl_jax.settings import at_least, one_of
+from rocl_jax.settings import one_of, within
+from rocl_jax.trees import flatten
 
 Params = dict[str, Any]
 Variables = dict[str, Any]
@@ -229,7 +230,7 @@ class Settings:
   def __post_init__(self):
     one_of('name', self.name, ARCHITECTURES)
     one_of('dtype', self.dtype, ('float32', 'bfloat16'))
-    at_least('width', self.width, 1)
+    within('width', self.width, 1, 4096)
 
 
 def build(settings: Settings, num_classes: int) -> Model:
@@ -314,6 +315,26 @@ def update_statistics(running: Params, moments: Sequence[Params]) -> Params:
       batch,
     )
   return running
+
+
+def mismatch(found: Variables, wanted: Variables) -> str | None:
+  """How variables differ from those of a network, in words; None if not.
+
+  Compares paths and shapes of the parts that `found` has, and all of the
+  BatchNorm statistics.
+  """
+  parts = found['params'].keys()
+  inside = {k: v for k, v in wanted['params'].items() if k in parts}
+  shape = lambda tree: {p: tuple(x.shape) for p, x in flatten(tree).items()}
+  have = shape({'params': found['params'], 'stats': found['batch_stats']})
+  want = shape({'params': inside, 'stats': wanted['batch_stats']})
+  for path in sorted(have.keys() | want.keys()):
+    if have.get(path) != want.get(path):
+      return (
+        f'{path} is {have.get(path, "missing")}, wanted '
+        f'{want.get(path, "no such weight")}'
+      )
+  return None
 
 
 def maskable(params: Params) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rocl_jax import schedules
-from rocl_jax.settings import at_least, one_of
+from rocl_jax.settings import FieldError, at_least, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,9 @@ class Settings:
     one_of('schedule', self.schedule, SCHEDULES)
     for field in ('learning_rate', 'momentum', 'weight_decay', 'warmup_epochs'):
       at_least(field, getattr(self, field), 0)
+    if self.warmup_epochs and self.schedule in schedules.PER_EPOCH:
+      wanted = f'0: the schedule {self.schedule} has none of its own to set'
+      raise FieldError('warmup_epochs', self.warmup_epochs, wanted)
 
 
 def make(

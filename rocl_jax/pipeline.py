@@ -24,11 +24,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rocl_jax import checkpoint, evaluation, loop, models, results
+from rocl_jax import checkpoint, evaluation, loop, metrics, models, results
 from rocl_jax.data import Dataset, Split, load
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
-from rocl_jax.files import write_json
+from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
 from rocl_jax.progress import say
 from rocl_jax.stages import STAGES
@@ -54,20 +54,18 @@ def run(config: ConfigDict, workdir: str) -> list[results.Record]:
     RunFailed: training or evaluation failed its own checks.
   """
   experiment = parse_experiment(config)
-  root = epath.Path(workdir).resolve()
-  _check_workdir(root)
+  root = _workdir(workdir)
   settings = experiment.data
   dataset = load(settings.source, settings.dir, settings.validation)
   _check_sizes(experiment, dataset)
   chains = _chains(experiment, dataset, root)
   _rehearse(chains)
   for chain in chains:
-    _check_requests(chain)
-  write_json(
-    root / 'config.json', config.copy_and_resolve_references().to_dict()
-  )
+    _check_requests(chain, chains[0])
+  results.read(root / 'results.json')  # a damaged one is told of now
+  write_json(root / 'config.json', experiment.runs[0].config)
   for chain in chains:
-    run_chain(chain)
+    run_chain(chain, chains[0])
   return results.read(root / 'results.json')
 
 
@@ -145,7 +143,7 @@ def _chains(
   return chains
 
 
-def run_chain(chain: Chain) -> None:
+def run_chain(chain: Chain, main: Chain) -> None:
   """Runs the stages that have no model yet, and evaluates what is new."""
   variables = _first_variables(chain)
   for name, settings, directory in chain.stages:
@@ -153,7 +151,8 @@ def run_chain(chain: Chain) -> None:
       variables, _ = checkpoint.load_model(directory / 'model')
       say(f'{chain.run.name}/{name}: finished before')
     else:
-      _write_request(chain, name, directory)
+      request = _request(chain, name, main)
+      write_json(directory / 'request.json', request)
       variables = _train(chain, name, settings, variables, directory)
     if 'head' in variables['params']:
       _evaluate(chain, directory)
@@ -188,13 +187,11 @@ def _rehearse(chains: Sequence[Chain]) -> None:
     variables = handed_on.get(start) or (
       _first_variables(chain) if start else fresh
     )
-    wanted = {k: x.shape for k, x in flatten(fresh['params']).items()}
-    for path, x in flatten(variables['params']).items():
-      if wanted.get(path) != x.shape:
-        raise UserError(
-          f'config.init_from: {start} does not fit the network: its {path} is '
-          f'{x.shape}, wanted {wanted.get(path, "no such weight")}'
-        )
+    difference = models.mismatch(variables, fresh)
+    if difference:
+      raise UserError(
+        f'config.init_from: {start} does not fit the network: {difference}'
+      )
     upstream = start or 'a fresh network'
     for name, settings, directory in chain.stages:
       try:
@@ -270,7 +267,11 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
       results.evaluate_model(
         directory / folder, chain.evaluators, chain.splits, seed, path
       )
-  if not (directory / 'examples.json').exists():
+  first = chain.evaluators[0].attack
+  about = {'attack': first.name, 'eps': first.settings.keywords.get('eps')}
+  examples = directory / 'examples.json'
+  done = examples.exists() and read_json(examples, dict)
+  if not (done and about.items() <= done.items()):
     results.write_examples(
       directory / 'model',
       chain.evaluators[0],
@@ -280,7 +281,15 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
     )
 
 
-def _check_workdir(root: epath.Path) -> None:
+def _workdir(path: str) -> epath.Path:
+  """The folder, made if missing.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  if '://' in path:
+    raise UserError(f'--workdir: found {path}, wanted a folder of this machine')
+  root = epath.Path(path).expanduser().resolve()
   try:
     root.mkdir(parents=True, exist_ok=True)
     probe = root / '.writable'
@@ -290,6 +299,7 @@ def _check_workdir(root: epath.Path) -> None:
     raise UserError(
       f'--workdir: {root} is no folder that can be written: {e.strerror}'
     ) from None
+  return root
 
 
 def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
@@ -305,33 +315,48 @@ def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
       check_batch(field, section.batch_size, devices)
 
 
-def _request(chain: Chain, stage: str) -> dict[str, Any]:
+def _request(chain: Chain, stage: str, main: Chain) -> dict[str, Any]:
   """The part of the config that decides what a stage's model is."""
-  config = chain.run.config
-  names = [name for name, _ in chain.run.stages]
+  config, start = chain.run.config, chain.run.init_from
   request = {k: config[k] for k in ('seed', 'init_from', 'model')}
   request['data'] = {k: v for k, v in config['data'].items() if k != 'dir'}
+  if start:  # what the stage before was made of, too
+    folders = {folder.name: name for name, _, folder in main.stages}
+    if start in folders and chain is not main:
+      request = _request(main, folders[start], main) | request
+    else:
+      about = read_json(epath.Path(start) / checkpoint.ABOUT, dict)
+      request['init_from'] = f'{start} {about.get("fingerprint")}'
+  names = [name for name, _ in chain.run.stages]
   for name in names[: names.index(stage) + 1]:
     request[name] = config[name]
+  # Selected models depend on the evaluation that selects them.
+  request['eval'] = {
+    'examples': config['eval']['examples'],
+    'attack': config['eval']['attacks'][chain.evaluators[0].attack.name],
+  }
   return json.loads(json.dumps(request))
 
 
-def _write_request(chain: Chain, stage: str, directory: epath.Path) -> None:
-  write_json(directory / 'request.json', _request(chain, stage))
+def _check_requests(chain: Chain, main: Chain) -> None:
+  """Refuses to go on with a folder that another config made.
 
-
-def _check_requests(chain: Chain) -> None:
-  """Refuses to go on with a folder that another config made."""
+  A finished stage may be evaluated in another way, though.
+  """
   for stage, _, directory in chain.stages:
     path = directory / 'request.json'
     if not path.exists():
       continue
-    before = flatten(json.loads(path.read_text()))
-    now = flatten(_request(chain, stage))
+    finished = checkpoint.is_model(directory / 'model')
+    before = flatten(read_json(path, dict))
+    now = flatten(_request(chain, stage, main))
     for field in sorted(before.keys() | now.keys()):
+      if finished and field.startswith('eval/'):
+        continue
       if before.get(field) != now.get(field):
         raise UserError(
           f'config.{field.replace("/", ".")}: found {now.get(field)!r}, but '
           f'{directory} was made with {before.get(field)!r}; take another '
           '--workdir, or delete that folder and those after it'
         )
+    metrics.read(directory / 'metrics.jsonl', 0)  # damage is told of now

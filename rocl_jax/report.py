@@ -410,16 +410,33 @@ def terminal_table(records: Sequence[Record]) -> str:
   if not shown:
     return 'No evaluation yet.'
   table = [list(MAIN_HEADER), *(_main_row(r, headline) for r in shown)]
+  return f'{_aligned(table, {0, 1, 7})}\n{_caption(shown, split, headline)}'
+
+
+def evaluation_table(records: Sequence[Record]) -> str:
+  """All records of one evaluation in plain text, a row each."""
+  header = ('run', 'stage', 'selection', 'split', 'n', 'attack')
+  accuracies = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
+  table = [[*header, *(a.replace('_top', ' top-') for a in accuracies)]]
+  for record in records:
+    texts = [str(record[k]) for k in header[:-1]]
+    numbers = [_number(record[k]) for k in accuracies]
+    table.append([*texts, _attack_text(record), *numbers])
+  return _aligned(table, set(range(len(header))))
+
+
+def _aligned(table: Sequence[Sequence[str]], left: set[int]) -> str:
+  """Rows as columns of text, a rule below the first."""
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   lines = []
   for row in table:
     cells = [
-      cell.ljust(width) if i in (0, 1, 7) else cell.rjust(width)
+      cell.ljust(width) if i in left else cell.rjust(width)
       for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     lines.append('  '.join(cells).rstrip())
   lines.insert(1, '  '.join('-' * width for width in widths))
-  return '\n'.join([*lines, _caption(shown, split, headline)])
+  return '\n'.join(lines)
 
 
 # Curves.

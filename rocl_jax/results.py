@@ -4,7 +4,7 @@
 `n`, `attack` and `eps` say which number it is; the accuracies are percent.
 """
 
-import json
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -17,8 +17,8 @@ from etils import epath
 from rocl_jax import checkpoint, models
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.evaluation import EvaluationAttack, Evaluator, Outcome
-from rocl_jax.files import write_json
+from rocl_jax.evaluation import Evaluator, Outcome
+from rocl_jax.files import read_json, write_json
 from rocl_jax.progress import say
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
@@ -52,14 +52,19 @@ def evaluate_model(
     The records of this model under these attacks, old and new.
 
   Raises:
-    RunFailed: pruned weights are not what `model.json` says.
+    RunFailed: the weights are not those that `model.json` speaks of.
   """
   variables, about = checkpoint.load_model(path)
+  for field, value in identity(variables).items():
+    if about[field] != value:
+      raise RunFailed(
+        f'{path}: holds other weights than {checkpoint.ABOUT} says ({field})'
+      )
   records = read(results)
   asked = []
   for evaluator in evaluators:
     for name, split in splits.items():
-      protocol = _protocol(about, evaluator.attack, name, split, seed)
+      protocol = _protocol(about, evaluator, name, split, seed)
       found = [r for r in records if protocol.items() <= r.items()]
       if not found:
         say(
@@ -75,17 +80,19 @@ def evaluate_model(
 
 
 def _protocol(
-  about: Record, attack: EvaluationAttack, name: str, split: Split, seed: int
+  about: Record, evaluator: Evaluator, name: str, split: Split, seed: int
 ) -> Record:
   """What the number is, and how it comes about."""
-  model = ('run', 'stage', 'selection', 'epoch', 'dataset')
+  model = ('run', 'stage', 'selection', 'epoch', 'dataset', 'fingerprint')
+  attack = evaluator.attack
   return (
     {k: about[k] for k in model}
     | {'split': name, 'n': len(split.labels)}
     | {'attack': attack.name, 'algorithm': attack.settings.name}
     | {'objective': attack.objective, 'restarts': attack.restarts}
     | dict(attack.settings.keywords)
-    | {'seed': seed, 'dtype': about['config']['model']['dtype']}
+    | {'seed': seed, 'eval_batch_size': evaluator.batch_size}
+    | {'dtype': about['config']['model']['dtype']}
     | {'matmul_precision': 'highest'}
   )
 
@@ -94,36 +101,43 @@ def _measured(outcome: Outcome, variables: Variables, about: Record) -> Record:
   """The number itself, and what it was measured on."""
   return (
     {k: round(outcome.percent(k), 4) for k in _ACCURACIES}
-    | {'sparsity': round(sparsity(variables), 6)}
+    | {'sparsity': about['sparsity']}
     | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}
     | {'versions': versions(), 'config': about['config']}
   )
 
 
-def sparsity(variables: Variables) -> float:
-  """The zero fraction of the maskable weights, as counted.
+def identity(variables: Variables) -> Record:
+  """What `model.json` says of the weights, so that the two can't part.
+
+  Returns:
+    `fingerprint`, of all weights, statistics and masks; `sparsity`, the zero
+    fraction of the maskable weights, as counted; and `layers`, {path: {'size':
+    ..., 'kept': ...}} of their masks.
 
   Raises:
     RunFailed: a pruned weight is not zero.
   """
-  kernels = models.maskable(flatten(variables['params']))
-  for path, mask in variables.get('masks', {}).items():
-    if np.any(np.asarray(kernels[path])[~np.asarray(mask)]):
-      raise RunFailed(f'{path}: weights outside the mask are not zero')
-  zeros = sum(int((np.asarray(w) == 0).sum()) for w in kernels.values())
-  return zeros / sum(w.size for w in kernels.values())
-
-
-def layers(variables: Variables) -> dict[str, dict[str, int]]:
-  """{path: {'size': ..., 'kept': ...}} of the maskable weights."""
+  flat = {k: np.asarray(x) for k, x in flatten(variables).items()}
+  digest = hashlib.sha256()
+  for path in sorted(flat):
+    digest.update(f'{path} {flat[path].dtype} {flat[path].shape}'.encode())
+    digest.update(np.ascontiguousarray(flat[path]).tobytes())
   kernels = models.maskable(flatten(variables['params']))
   masks = variables.get('masks', {})
+  counts, zeros = {}, 0
+  for path, leaf in kernels.items():
+    kernel = np.asarray(leaf)
+    mask = np.asarray(masks.get(path, np.ones(kernel.shape, bool)))
+    if np.any(kernel[~mask]):
+      raise RunFailed(f'{path}: weights outside the mask are not zero')
+    counts[path] = {'size': kernel.size, 'kept': int(mask.sum())}
+    zeros += int((kernel == 0).sum())
+  size = sum(layer['size'] for layer in counts.values())
   return {
-    path: {
-      'size': w.size,
-      'kept': int(np.sum(masks.get(path, np.ones(w.shape)))),
-    }
-    for path, w in kernels.items()
+    'fingerprint': digest.hexdigest()[:16],
+    'sparsity': round(zeros / size, 6),
+    'layers': counts,
   }
 
 
@@ -162,20 +176,21 @@ def read(path: epath.Path) -> list[Record]:
   """The records in a results.json; none where there is no file.
 
   Raises:
-    UserError: the file is not JSON.
+    UserError: the file holds something else.
   """
   if not path.exists():
     return []
-  try:
-    return json.loads(path.read_text())
-  except ValueError as e:
-    raise UserError(f'{path}: not valid JSON: {e}') from None
+  records = read_json(path, list)
+  for record in records:
+    if not isinstance(record, dict) or not set(_IDENTITY) <= record.keys():
+      raise UserError(f'{path}: found {record!r:.40}, wanted a record')
+  return records
 
 
 def _merge(records: list[Record], new: list[Record]) -> list[Record]:
-  identity = lambda r: tuple(r.get(k) for k in _IDENTITY)
-  replaced = {identity(r) for r in new}
-  return [r for r in records if identity(r) not in replaced] + new
+  which = lambda r: tuple(r.get(k) for k in _IDENTITY)
+  replaced = {which(r) for r in new}
+  return [r for r in records if which(r) not in replaced] + new
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,13 @@ from rocl_jax.errors import UserError, nearest
 
 T = TypeVar('T')
 
+_KINDS = {
+  int: 'a whole number',
+  str: 'text',
+  bool: 'True or False',
+  dict: 'a section',
+}
+
 
 class FieldError(Exception):
   """A field holds what it can't; `parse` adds where the field stands."""
@@ -40,6 +47,12 @@ def at_least(field: str, found: float, low: float) -> None:
   """Raises FieldError unless `found` is a finite number from `low` on."""
   if not (math.isfinite(found) and found >= low):
     raise FieldError(field, found, f'{low} or more')
+
+
+def within(field: str, found: float, low: float, high: float) -> None:
+  """Raises FieldError unless `found` is in [low, high]."""
+  if not low <= found <= high:
+    raise FieldError(field, found, f'{low} to {high}')
 
 
 def parse(
@@ -89,8 +102,8 @@ def bind(
       raise UserError(f'{where}.{name}: missing')
   types = typing.get_type_hints(target)
   arguments: dict[str, Any] = {}
-  # A value may refer to `eps`, and a section inside to what is round it.
-  order = sorted(section, key=lambda k: _depends(section[k]))
+  # Values that name `eps` come after it.
+  order = sorted(section, key=lambda k: 'eps' in str(section[k]))
   for name in order:
     arguments[name] = _convert(
       types.get(name, Any), section[name], f'{where}.{name}', arguments
@@ -98,29 +111,25 @@ def bind(
   return arguments
 
 
-def _depends(value):
-  """0 for plain values, 1 for text with `eps` in it, 2 for sections."""
-  return 2 if isinstance(value, Mapping) else int('eps' in str(value))
-
-
 def _convert(kind, value, where, siblings):
-  wanted = {int: 'a whole number', float: 'a number', bool: 'True or False'}
   if kind is Any:
     return value
   if typing.get_origin(kind) is tuple:
     if isinstance(value, str) or not isinstance(value, tuple | list):
       raise UserError(f'{where}: found {value!r}, wanted a tuple')
     item = typing.get_args(kind)[0]
+    if item is str and all(isinstance(v, str) for v in value):
+      value = [word for v in value for word in v.split(',')]  # a,b in a shell
     return tuple(_convert(item, v, where, siblings) for v in value)
   if kind is float:
     return amount(value, where, siblings)
-  if kind in (int, str, bool):
+  if kind in _KINDS:
     if type(value) is not kind:
-      name = wanted.get(kind, 'text')
-      raise UserError(f'{where}: found {value!r}, wanted {name}')
+      wanted = _KINDS[kind]
+      raise UserError(f'{where}: found {value!r}, wanted {wanted}')
     return value
   if hasattr(kind, 'parse'):  # a record with a rule of its own
-    return kind.parse(value, where, siblings)
+    return kind.parse(value, where)
   return parse(kind, value, where)
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from rocl_jax import optim
-from rocl_jax.settings import at_least
+from rocl_jax import optim, schedules
+from rocl_jax.settings import FieldError, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class Training:
     eval_epochs: evaluate every so many epochs, and after the last; 0 for
       never during training.
     optimizer: see `optim.Settings`; every stage starts a fresh one.
-    segments: times that a per-epoch schedule starts over.
+    segments: times that a per-epoch schedule starts over. Momentum carries
+      on; the published segments were separate processes.
   """
 
   total_epochs: int
@@ -31,3 +32,7 @@ class Training:
     at_least('batch_size', self.batch_size, 1)
     at_least('eval_epochs', self.eval_epochs, 0)
     at_least('segments', self.segments, 1)
+    schedule = self.optimizer.schedule
+    if self.segments > 1 and schedule not in schedules.PER_EPOCH:
+      wanted = f'1: the schedule {schedule}, by step, can not start over'
+      raise FieldError('segments', self.segments, wanted)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,11 @@ def finished(call, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'straight'
   result = call('train.py', *SMALL, f'--workdir={workdir}')
   return workdir, result
+
+
+def clockless(row):
+  clocks = ('seconds', 'images_per_second')
+  return {k: v for k, v in row.items() if k not in clocks}
 
 
 def records_of(workdir):
@@ -164,12 +170,21 @@ def test_killed_and_started_again_it_ends_bit_equal(
   call('train.py', *SMALL, f'--workdir={workdir}')
 
   for stage in ('1_pretrain', '2_supervised', '3_prune', '4_finetune'):
-    one, _ = checkpoint.load_model(epath.Path(straight / stage / 'model'))
-    other, _ = checkpoint.load_model(epath.Path(workdir / stage / 'model'))
-    one, other = flatten(one), flatten(other)
-    assert one.keys() == other.keys()
-    for path in one:
-      np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+    for folder in ('model', 'best_validation', 'best_test'):
+      if stage == '1_pretrain' and folder != 'model':
+        continue
+      one, _ = checkpoint.load_model(epath.Path(straight / stage / folder))
+      other, _ = checkpoint.load_model(epath.Path(workdir / stage / folder))
+      one, other = flatten(one), flatten(other)
+      assert one.keys() == other.keys()
+      for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+    rows = [
+      [clockless(json.loads(line)) for line in path.read_text().splitlines()]
+      for root in (straight, workdir)
+      for path in [root / stage / 'metrics.jsonl']
+    ]
+    assert rows[0] == rows[1]
   without = lambda r: {k: v for k, v in r.items() if k != 'versions'}
   assert [*map(without, records_of(straight))] == [
     *map(without, records_of(workdir))
@@ -194,9 +209,47 @@ def test_a_saved_model_can_be_evaluated_again(call, finished):
     assert record['sparsity'] == trained['sparsity']
   again = call(*arguments)
   assert 'test images' not in again.stderr  # it was all there
-  assert 'pgd20' in call('-m', 'rocl_jax.report', workdir).stdout or (
-    'pgd20' in (workdir / 'report.md').read_text()
+  call('-m', 'rocl_jax.report', workdir)
+  assert 'pgd20' in (workdir / 'report.md').read_text()
+
+
+def test_a_retrained_stage_is_evaluated_anew(call, finished, tmp_path):
+  """Delete the last stage, ask for another: no number of the old one stays."""
+  workdir = tmp_path / 'copy'
+  shutil.copytree(finished[0], workdir)
+  shutil.rmtree(workdir / '4_finetune')
+  more = '--config.finetune.total_epochs=1'
+  call('train.py', *SMALL, more, f'--workdir={workdir}')
+  before, after = (
+    [r for r in records_of(w) if r['stage'] == 'finetune']
+    for w in (finished[0], workdir)
   )
+  last = [r for r in after if r['selection'] == 'last']
+  assert last and all(r['epoch'] == 1 for r in last)
+  assert not {r['fingerprint'] for r in last} & {
+    r['fingerprint'] for r in before if r['selection'] == 'last'
+  }
+
+
+def test_weights_that_are_not_the_models_own_are_refused(
+  call, finished, tmp_path
+):
+  """Faults that would put one network's accuracy under another's name."""
+  stage = tmp_path / 'stage'
+  shutil.copytree(finished[0] / '4_finetune', stage)
+  shutil.rmtree(stage / 'model' / 'variables')
+  arguments = (
+    *('-m', 'rocl_jax.evaluate', '--config=configs/eval.py:quick'),
+    f'--model={stage}/model',
+  )
+  missing = call(*arguments, status=2)
+  assert missing.stderr.count('\n') == 1 and 'variables' in missing.stderr
+  other = finished[0] / '3_prune' / 'model' / 'variables'
+  shutil.copytree(other, stage / 'model' / 'variables')
+  swapped = call(*arguments, status=3)
+  assert 'holds other weights' in swapped.stderr
+  (stage / 'model' / 'model.json').write_text('{}')
+  assert 'has no run' in call(*arguments, status=2).stderr
 
 
 MISTAKES = [
@@ -208,10 +261,14 @@ MISTAKES = [
   (['--config.eval.eps=8'], 'did you mean 8/255?'),
   (['--config.supervised=3'], 'section'),
   (['--config.stages=("pretrain","prunee")'], "'prune'"),
-  (['--config.stages=("prune","pretrain")'], "did you mean '2_pretrain'?"),
+  (['--config.stages=prune,pretrain'], "did you mean '2_pretrain'?"),
   (['--config.data.source=binary', '--config.data.dir=/nowhere'], '/nowhere'),
   (['--config.supervised.batch_size=5000'], 'config.supervised.batch_size'),
-  (['--config.tensorboard=true'], 'tensorboard'),
+  (['--config.tensorboard=true'], 'config.tensorboard'),
+  (['--config.seed=-1'], 'config.seed'),
+  (['--config.seed'], 'config.seed'),
+  (['--workdir='], '--workdir: missing'),
+  (['--workdir=gs://bucket/run'], 'gs://bucket/run'),
   (['--config.init_from=/nowhere'], '/nowhere'),
   (['--confg.seed=3'], 'confg'),
   (['--config=configs/quickstat.py'], "did you mean 'quickstart.py'?"),

@@ -29,6 +29,7 @@ def test_derived_values_follow_an_override():
   config.supervised.attack.eps = '4/255'
   config.supervised.attack.steps = 3
   config.finetune.total_epochs = 5
+  config.supervised.optimizer.learning_rate = 0.3
   config.eval.eps = '2/255'
   experiment = parse_experiment(config)
   stages = dict(experiment.runs[0].stages)
@@ -38,6 +39,8 @@ def test_derived_values_follow_an_override():
     assert keywords['steps'] == 3
   assert stages['pretrain'].attack.keywords['eps'] == 8 / 255
   assert stages['finetune'].total_epochs == 5
+  rates = {name: s.optimizer.learning_rate for name, s in stages.items()}
+  assert rates['prune'] == 0.3 and rates['finetune'] == 0.01
   assert stages['prune'].total_epochs == stages['supervised'].total_epochs == 25
   pgd20 = experiment.eval.attacks['pgd20'].settings.keywords
   assert pgd20['eps'] == 2 / 255
@@ -74,6 +77,15 @@ def set_field(path, value):
       config = config[name]
     with config.unlocked(), config.ignore_type():
       config[last] = value
+
+  return change
+
+
+def baseline(name, overlay):
+  def change(config):
+    with config.unlocked():
+      config.baselines[name] = overlay
+      config.compare = (name,)
 
   return change
 
@@ -115,9 +127,19 @@ WRONG = [
   (set_field('supervised.batch_size', 0), 'batch_size', '1 or more'),
   (set_field('save_steps', 0), 'config.save_steps', '1 or more'),
   (set_field('init_from', '1_pretrain'), 'config.init_from', 'no stage folder'),
-  (set_field('baselines', {'a': {'data': {}}}), 'baselines.a.data', 'shares'),
-  (set_field('baselines', {'a': {'suprevised': {}}}), 'baselines.a.suprevised',
+  (set_field('seed', -1), 'config.seed', '0 to 4294967295'),
+  (set_field('seed', 2**32), 'config.seed', '0 to 4294967295'),
+  (set_field('name', '1_pretrain'), 'config.name', 'starts with a letter'),
+  (set_field('compare', ('nature',)), 'config.compare', "mean 'natural'"),
+  (baseline('ours', {}), 'config.baselines.ours', 'already'),
+  (baseline('a', {'data': {}}), 'baselines.a.data', 'shares'),
+  (baseline('a', {'suprevised': {}}), 'baselines.a.suprevised',
    "did you mean 'supervised'?"),
+  (baseline('a', {'supervised': {'loss': 'nat'}}),
+   'config.baselines.a.supervised.loss', 'natural'),
+  (baseline('a', 3), 'config.baselines.a', 'section'),
+  (baseline('a', {'seed': {'b': 3}}), 'config.baselines.a.seed', 'section'),
+  (set_field('pretrain.optimizer.warmup_epochs', 1.0), 'warmup_epochs', 'rocl'),
 ]  # fmt: skip
 
 
@@ -129,6 +151,17 @@ def test_a_wrong_value_is_named_with_what_is_wanted(change, field, wanted):
     parse_experiment(config)
   message = str(error.value)
   assert field in message and wanted in message and '\n' not in message
+
+
+def test_commas_make_a_tuple_as_a_shell_user_types_it():
+  config = digits()
+  config.eval.suite = ('pgd10,pgd20',)
+  config.stages = ('pretrain,supervised',)
+  experiment = parse_experiment(config)
+  assert [a.name for a in experiment.eval.selected] == ['pgd10', 'pgd20']
+  run = experiment.runs[0]
+  assert [name for name, _ in run.stages] == ['pretrain', 'supervised']
+  assert run.config['stages'] == ('pretrain', 'supervised')
 
 
 def test_every_suite_names_attacks_that_exist():

@@ -29,23 +29,15 @@ class AttackSettings:
   keywords: Mapping[str, Any]
 
   @classmethod
-  def parse(
-    cls, section: Any, where: str, around: Mapping[str, Any]
-  ) -> 'AttackSettings':
+  def parse(cls, section: Any, where: str) -> 'AttackSettings':
     """Checks a section against the signature of the attack that it names.
-
-    Args:
-      section: the section.
-      where: its path, for messages.
-      around: fields of the section round it; an attack without `eps` of its
-        own takes the one there.
 
     Raises:
       UserError: an unknown attack or field, a wrong type or value.
     """
     if not isinstance(section, Mapping) or 'name' not in section:
       raise UserError(f'{where}: found {section!r}, wanted a section with name')
-    fields = {k: v for k, v in around.items() if k == 'eps'} | dict(section)
+    fields = dict(section)
     name = fields.pop('name')
     try:
       one_of('name', name, ATTACKS)

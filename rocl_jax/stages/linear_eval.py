@@ -37,13 +37,17 @@ class Settings(Training):
 def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
     encoder = upstream['params']['encoder']
-    head = model.init_head(key)
-    return Trained(
-      {'head': head}, {'encoder': encoder}, upstream['batch_stats']
-    )
+    masks = {  # the new head is dense
+      path: mask
+      for path, mask in upstream.get('masks', {}).items()
+      if path.startswith('encoder/')
+    }
+    frozen = {'encoder': encoder, 'masks': masks}
+    trainable = {'head': model.init_head(key)}
+    return Trained(trainable, frozen, upstream['batch_stats'])
 
   def weights(trainable, frozen):
-    return trainable | frozen
+    return trainable | {'encoder': frozen['encoder']}
 
   def loss(params, batch_stats, batch, key):
     images = augment.to_float(batch.images)
@@ -61,6 +65,10 @@ def stage(model: Model, settings: Settings) -> Stage:
 
   def finish(trained):
     params = weights(trained.trainable, trained.frozen)
-    return {'params': params, 'batch_stats': trained.batch_stats}
+    return {
+      'params': params,
+      'batch_stats': trained.batch_stats,
+      'masks': trained.frozen['masks'],
+    }
 
   return Stage(start, weights, loss, finish)
