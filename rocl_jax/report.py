@@ -34,9 +34,9 @@ DATASETS = {
 
 RUNS = {
   'ours': 'the full method',
-  'natural': 'the same stages without adversarial training',
+  'natural': 'the same network trained without adversaries',
   'rocl': 'a linear classifier on the frozen pre-trained encoder',
-  'magnitude': 'pruned by weight magnitude instead of learned scores',
+  'magnitude': 'pruned by weight magnitude, and not trained any further',
 }
 
 # What the overview says of a stage: what happens, what it trains, what not.
