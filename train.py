@@ -3,7 +3,9 @@
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
   python train.py --config=configs/cifar10.py --workdir=W --config.seed=1
 
---config=FILE[:ARGUMENT]   a config file; --config.FIELD=VALUE overrides fields
+--config=FILE[:ARGUMENT]   configs/quickstart.py, configs/cifar10.py, or
+                           configs/cifar10.py:asrun, what published logs show;
+                           --config.FIELD=VALUE overrides fields
 --workdir=FOLDER           where everything goes; the same command resumes
 """
 

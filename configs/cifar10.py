@@ -17,6 +17,7 @@ pruning and fine-tuning follow.
 from ml_collections import ConfigDict
 
 from configs import eval as eval_configs
+from rocl_jax.errors import UserError, nearest
 
 
 def follow(section: ConfigDict) -> ConfigDict:
@@ -33,7 +34,8 @@ def follow(section: ConfigDict) -> ConfigDict:
 
 def get_config(argument: str = '') -> ConfigDict:
   if argument not in ('', 'asrun'):
-    raise ValueError(f'unknown argument {argument!r}; there is only asrun')
+    hint = nearest(argument, ('asrun',))
+    raise UserError(f'--config: found :{argument}, wanted :asrun or none{hint}')
   c = ConfigDict()
   c.name = 'ours'
   c.seed = 0

@@ -10,6 +10,8 @@ one attack: --config.eval.suite="('pgd20',)".
 
 from ml_collections import ConfigDict
 
+from rocl_jax.errors import UserError, nearest
+
 SUITES = {
   'paper': ('pgd10', 'pgd20'),
   'quick': ('pgd10',),
@@ -18,7 +20,8 @@ SUITES = {
 
 def get_config(argument: str = 'paper') -> ConfigDict:
   if argument not in SUITES:
-    raise ValueError(f'no suite {argument!r}; there is {", ".join(SUITES)}')
+    wanted = f'one of {", ".join(SUITES)}{nearest(argument, SUITES)}'
+    raise UserError(f'--config: found suite {argument!r}, wanted {wanted}')
   c = ConfigDict()
   c.seed = 0
   c.split = 'test'  # or validation

@@ -2,7 +2,8 @@
 
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Real handwritten digits, 8x8 pixels, no network needed. The attack may move
+Real handwritten digits, 8x8 pixels, their grey in three channels that an
+attack may move apart; no network needed. The attack may move
 each pixel by a tenth of its range, three times as far as on CIFAR-10. Beside
 the method run three baselines: RoCL's linear evaluation, magnitude pruning
 without any training, and the same network trained without adversaries.

@@ -87,7 +87,9 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
     UserError: not a model folder, or a damaged one.
   """
   if not is_model(directory):
-    raise UserError(f'{directory}: no model here ({ABOUT} is missing)')
+    inside = directory / 'model'
+    hint = f' (did you mean {inside}?)' if is_model(inside) else ''
+    raise UserError(f'{directory}: no model here, {ABOUT} is missing{hint}')
   about = read_json(directory / ABOUT, dict)
   for field in _ABOUT_FIELDS:
     if field not in about:

@@ -50,7 +50,7 @@ def run(
     arguments = _parse(sys.argv)
     for name in required:
       if flags.FLAGS[name].value in (None, ''):
-        raise UserError(f'--{name}: missing')
+        raise UserError(f'--{name}: missing (--help says more)')
     if len(arguments) != positional:
       found = ' '.join(arguments) or 'none'
       raise UserError(

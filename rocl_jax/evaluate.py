@@ -1,13 +1,15 @@
-"""Evaluates a saved model.
+r"""Evaluates a saved model.
 
   python -m rocl_jax.evaluate --model=W/4_finetune/model \
       --config=configs/eval.py:paper
 
 --model=FOLDER             a model folder, with its own masks
---config=FILE[:SUITE]      attacks and images; --config.FIELD=VALUE overrides
+--config=FILE[:SUITE]      attacks and images: configs/eval.py:paper or :quick;
+                           --config.FIELD=VALUE overrides
 
-The records go to results.json beside the model's folder, where
-`python -m rocl_jax.report` finds them.
+The radius is the config's, 8/255, whatever the model was trained with: add
+--config.eval.eps=0.1 for the quickstart's. The records go to results.json
+beside the model's folder, where `python -m rocl_jax.report` finds them.
 """
 
 from dataclasses import dataclass

@@ -179,7 +179,9 @@ def run_stage(run: StageRun) -> Variables:
     if done:
       say(f'{run.label}: resumed at step {done} of {total}')
     book = _Book(run, done // steps)
-    progress = Progress(run.label, total, batch_size, done)
+    progress = Progress(run.label, total, batch_size)
+    if done < total:
+      say(f'{run.label}: compiling')
     for epoch in range(done // steps, epochs):
       began, began_at = time.monotonic(), done
       order = order_of(epoch)

@@ -23,18 +23,22 @@ class Progress:
     label: what is being done.
     total: how many counts make the whole.
     per_count: images a count, for the rate.
-    done: counts done before this start, which the rate leaves out.
   """
 
-  def __init__(self, label: str, total: int, per_count: int, done: int = 0):
+  def __init__(self, label: str, total: int, per_count: int):
     self._label, self._total, self._per_count = label, total, per_count
-    self._began, self._first = time.monotonic(), done
-    self._shown = self._began
+    self._first: int | None = None  # counts done when the clock started
+    self._began = self._shown = 0.0
 
   def show(self, done: int, note: str = '') -> None:
-    """Shows the state unless it was shown a moment ago."""
+    """Shows the state unless it was shown a moment ago.
+
+    The clock starts with the first call: the step before it was compiled.
+    """
     terminal = sys.stderr.isatty()
     now = time.monotonic()
+    if self._first is None:
+      self._first, self._began, self._shown = done, now, now
     wait = _TERMINAL_SECONDS if terminal else _PLAIN_SECONDS
     if now - self._shown < wait or done <= self._first:
       return

@@ -1,10 +1,10 @@
 """Tables and pictures of a training run, from the files it left behind.
 
-  python -m rocl_jax.report runs/digits
+  python -m rocl_jax.report runs/quickstart
 
-reads `runs/digits` and writes `runs/digits/report.md` with its pictures in
-`runs/digits/figures`. A run in progress gives a report of what there is, and
-the same files always give the same text.
+reads `runs/quickstart` and writes `runs/quickstart/report.md` with its
+pictures in `runs/quickstart/figures`. A run in progress gives a report of what
+there is, and the same files always give the same text.
 """
 
 import json
@@ -34,7 +34,7 @@ DATASETS = {
 
 RUNS = {
   'ours': 'the full method',
-  'natural': 'the same network trained without adversaries',
+  'natural': 'the same network from scratch, trained without adversaries',
   'rocl': 'a linear classifier on the frozen pre-trained encoder',
   'magnitude': 'pruned by weight magnitude, and not trained any further',
 }

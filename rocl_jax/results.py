@@ -67,12 +67,15 @@ def evaluate_model(
       protocol = _protocol(about, evaluator, name, split, seed)
       found = [r for r in records if protocol.items() <= r.items()]
       if not found:
-        say(
-          f'{about["run"]}/{about["stage"]}: {evaluator.attack.name} on '
-          f'{len(split.labels)} {name} images, {about["selection"]}'
-        )
-        outcome = evaluator.outcome(variables, split, seed)
-        found = [protocol | _measured(outcome, variables, about)]
+        new = _twin(records, protocol)
+        if new is None:
+          say(
+            f'{about["run"]}/{about["stage"]}: {evaluator.attack.name} on '
+            f'{len(split.labels)} {name} images, {about["selection"]}'
+          )
+          outcome = evaluator.outcome(variables, split, seed)
+          new = protocol | _measured(outcome, variables, about)
+        found = [new]
         records = _merge(records, found)
         write_json(results, records)
       asked += found
@@ -95,6 +98,15 @@ def _protocol(
     | {'dtype': about['config']['model']['dtype']}
     | {'matmul_precision': 'highest'}
   )
+
+
+def _twin(records: list[Record], protocol: Record) -> Record | None:
+  """The record of the same weights under another selection, if there is one."""
+  same = {k: v for k, v in protocol.items() if k != 'selection'}
+  for record in records:
+    if same.items() <= record.items():
+      return record | {'selection': protocol['selection']}
+  return None
 
 
 def _measured(outcome: Outcome, variables: Variables, about: Record) -> Record:
