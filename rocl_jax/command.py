@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
@@ -43,6 +43,7 @@ def run(
     positional: how many positional arguments there are.
   """
   program = os.path.basename(sys.argv[0])
+  logging.set_verbosity(logging.ERROR)  # Orbax warns of what we tell ourselves
   try:
     if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
       print(usage.strip())

@@ -84,7 +84,10 @@ def stage_run(name, directory, devices=1, measure=None, **changes):
     mesh=mesh_of(devices),
     directory=epath.Path(directory),
     measure=measure,
-    about={'run': 'test', 'stage': name, 'config': {}},
+    about={
+      **{'run': 'test', 'stage': name, 'config': {}, 'dataset': 'none'},
+      **{'class_names': [], 'image_shape': []},
+    },
     save_steps=3,
     tensorboard=False,
   )
