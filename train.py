@@ -18,8 +18,9 @@ flags.DEFINE_string('workdir', None, 'Folder of everything the run writes.')
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import pipeline, report
+  from rocl_jax import compiled, pipeline, report
 
+  compiled.keep_programs()
   workdir = flags.FLAGS.workdir
   records = pipeline.run(flags.FLAGS.config, workdir)
   path = report.write(workdir)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -20,11 +20,17 @@ from rocl_jax.errors import RunFailed, UserError, nearest
 
 USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
 
+_default: str | None = None  # of --config
 
-def define_config() -> None:
+
+def define_config(default: str | None = None) -> None:
   """Defines --config, a config file whose fields --config.FIELD overrides."""
+  global _default
+  _default = default
   config_flags.DEFINE_config_file(
-    'config', None, 'Config file, with an argument after a colon if it has one.'
+    'config',
+    default,
+    'Config file, with an argument after a colon if it has one.',
   )
 
 
@@ -32,7 +38,7 @@ def run(
   main: Callable[[list[str]], None],
   usage: str,
   required: Sequence[str] = (),
-  positional: int = 0,
+  positional: Collection[int] = (0,),
 ) -> None:
   """Runs a command and exits with its status.
 
@@ -40,7 +46,7 @@ def run(
     main: gets the positional arguments; reads flags from `flags.FLAGS`.
     usage: what --help prints.
     required: names of flags that must be given.
-    positional: how many positional arguments there are.
+    positional: how many positional arguments there may be.
   """
   program = os.path.basename(sys.argv[0])
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what we tell ourselves
@@ -52,10 +58,11 @@ def run(
     for name in required:
       if flags.FLAGS[name].value in (None, ''):
         raise UserError(f'--{name}: missing (--help says more)')
-    if len(arguments) != positional:
+    if len(arguments) not in positional:
       found = ' '.join(arguments) or 'none'
       raise UserError(
-        f'found arguments: {found}; wanted {positional} (--help says more)'
+        f'found arguments: {found}; wanted '
+        f'{" or ".join(map(str, positional))} (--help says more)'
       )
     main(arguments)
   except UserError as e:
@@ -97,7 +104,7 @@ def _parse(argv):
 
 def _config_path(argv):
   """What --config says; of several the last, as with all flags."""
-  path = None
+  path = _default
   for i, argument in enumerate(argv):
     match = re.fullmatch(r'--?config=(.*)', argument)
     if match:

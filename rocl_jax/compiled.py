@@ -1,6 +1,10 @@
-"""jit as this project's top-level programs are compiled."""
+"""How this project's top-level programs are compiled, and kept."""
 
 import functools
+import hashlib
+import os
+import pathlib
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -29,3 +33,33 @@ def _options() -> dict[str, Any] | None:
   except jax.errors.JaxRuntimeError:
     return None
   return _CPU_OPTIONS
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs in the user's cache folder, for the next process.
+
+  A cache that JAX was told to use before stays, JAX_COMPILATION_CACHE_DIR
+  among them. XLA's programs for a CPU run on that kind of CPU alone, so each
+  kind has a folder of its own, where homes are shared.
+  """
+  if jax.config.values['jax_compilation_cache_dir'] is not None:
+    return
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  kind = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
+  folder = pathlib.Path(home).expanduser() / 'rocl_jax' / f'xla-{kind}'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:  # no home, or a read-only one: compile anew each time
+    return
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def _cpu() -> str:
+  """What the CPU can do, as Linux tells, or else its name."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    lines = []
+  flags = [x for x in lines if x.startswith(('flags', 'Features'))]
+  return flags[0] if flags else platform.machine() + platform.processor()

@@ -2,13 +2,16 @@
 
   y = conv(images, kernel, stride=1)                 # training
   y = frozen_conv(images, kernel, flip(kernel), 1)   # inside an attack
+  y = plain_conv(images, kernel, stride=1)           # as XLA differentiates it
 
-Inside a `while` loop XLA's CPU backend computes the input gradient of a
-convolution with a generic kernel, four to eight times slower than outside. An
-attack is such a loop, and its weights do not change while it runs. So
-`frozen_conv` takes the flipped, transposed kernel as well, made once outside
-the loop, and its backward pass is an ordinary convolution with it. The cure is
-chosen where the program is lowered: GPUs and TPUs keep XLA's own gradient.
+All three compute the same; they differ in the gradient on CPUs. Inside a
+`while` loop XLA's CPU backend computes a convolution's input gradient with a
+generic kernel, four to eight times slower than outside, and an attack is such
+a loop. Here the gradient is made of ordinary convolutions with the flipped,
+transposed kernel; as the weights do not change while an attack runs,
+`frozen_conv` takes that kernel as well, made once outside the loop. Strides
+and few channels have forms of their own, as has the gradient of a 1x1 kernel.
+The choice falls where the program is lowered: GPUs and TPUs keep XLA's own.
 """
 
 import functools
@@ -18,8 +21,25 @@ import jax.numpy as jnp
 from jax import lax
 
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+_FEW = 8  # channels, a vector register of the CPU
 
 
+def plain_conv(
+  images: jax.Array, kernel: jax.Array, stride: int = 1
+) -> jax.Array:
+  """`conv` with the gradients that XLA makes of it on every device."""
+  pad = kernel.shape[0] // 2
+  return lax.conv_general_dilated(
+    images,
+    kernel,
+    window_strides=(stride, stride),
+    padding=((pad, pad), (pad, pad)),
+    dimension_numbers=_LAYOUT,
+    precision=lax.Precision.HIGHEST,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   """Convolves with symmetric padding k // 2, as PyTorch does.
 
@@ -34,15 +54,44 @@ def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     [N, ceil(H / stride), ceil(W / stride), C_out]. Float32 is computed as
     float32 on every device: accelerators would otherwise round the factors.
   """
-  pad = kernel.shape[0] // 2
-  return lax.conv_general_dilated(
-    images,
-    kernel,
-    window_strides=(stride, stride),
-    padding=((pad, pad), (pad, pad)),
-    dimension_numbers=_LAYOUT,
-    precision=lax.Precision.HIGHEST,
+  return plain_conv(images, kernel, stride)
+
+
+def _conv_forward(images, kernel, stride):
+  return plain_conv(images, kernel, stride), (images, kernel)
+
+
+def _conv_backward(stride, residuals, cotangent):
+  return lax.platform_dependent(
+    *residuals,
+    cotangent,
+    cpu=lambda x, w, g: (
+      _input_gradient(g, w, flip(w), stride, x.shape),
+      _kernel_gradient(x, g, w, stride),
+    ),
+    default=lambda x, w, g: jax.vjp(
+      lambda x, w: plain_conv(x, w, stride), x, w
+    )[1](g),
   )
+
+
+conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _kernel_gradient(images, cotangent, kernel, stride):
+  """The gradient [k, k, C_in, C_out]; of a 1x1 kernel as a matrix product."""
+  if kernel.shape[0] == 1:
+    x = images[:, ::stride, ::stride].reshape(-1, images.shape[-1])
+    return jnp.dot(
+      x.T,
+      cotangent.reshape(-1, cotangent.shape[-1]),
+      precision=lax.Precision.HIGHEST,
+    ).reshape(kernel.shape)
+  transpose = jax.linear_transpose(
+    lambda w: plain_conv(images, w, stride), kernel
+  )
+  (gradient,) = transpose(cotangent)
+  return gradient
 
 
 def flip(kernel: jax.Array) -> jax.Array:
@@ -63,11 +112,11 @@ def frozen_conv(
     stride: 1 or 2.
   """
   del flipped
-  return conv(images, kernel, stride)
+  return plain_conv(images, kernel, stride)
 
 
 def _forward(images, kernel, flipped, stride):
-  return conv(images, kernel, stride), (kernel, flipped, images.shape)
+  return plain_conv(images, kernel, stride), (kernel, flipped, images.shape)
 
 
 def _backward(stride, residuals, cotangent):
@@ -76,7 +125,7 @@ def _backward(stride, residuals, cotangent):
     cotangent,
     kernel,
     flipped,
-    cpu=lambda g, _, f: _ordinary_gradient(g, f, stride, shape),
+    cpu=lambda g, k, f: _input_gradient(g, k, f, stride, shape),
     default=lambda g, k, _: _native_gradient(g, k, stride, shape),
   )
   return gradient, None, None
@@ -84,20 +133,99 @@ def _backward(stride, residuals, cotangent):
 
 def _native_gradient(cotangent, kernel, stride, shape):
   images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-  transpose = jax.linear_transpose(lambda x: conv(x, kernel, stride), images)
+  transpose = jax.linear_transpose(
+    lambda x: plain_conv(x, kernel, stride), images
+  )
   (gradient,) = transpose(cotangent)
   return gradient
 
 
-def _ordinary_gradient(cotangent, flipped, stride, shape):
-  """The same as an ordinary convolution of the zero-interleaved cotangent."""
-  height, width = shape[1:3]
-  if flipped.shape[0] == 1 and stride > 1:
-    # A 1x1 convolution commutes with the interleaving: convolve the small map.
-    return _interleave(conv(cotangent, flipped), stride, height, width)
-  if stride > 1:
-    cotangent = _interleave(cotangent, stride, height, width)
-  return conv(cotangent, flipped)
+def _input_gradient(cotangent, kernel, flipped, stride, shape):
+  """The gradient [N, H, W, C_in] by forward convolutions and products."""
+  size, _, inputs, _ = kernel.shape
+  if stride == 1 and inputs < _FEW:
+    return _few_channels(cotangent, kernel)
+  if stride == 1:
+    return plain_conv(cotangent, flipped)
+  if size == 1:  # commutes with the interleaving
+    return _interleave(plain_conv(cotangent, flipped), stride, *shape[1:3])
+  return _by_phases(cotangent, flipped, stride, *shape[1:3])
+
+
+def _few_channels(cotangent, kernel):
+  """All taps' products as one matrix product, then their shifted sum.
+
+  A convolution to the three channels of an image leaves most of a vector
+  register idle.
+  """
+  size, _, inputs, outputs = kernel.shape
+  n, height, width, _ = cotangent.shape
+  pad = size // 2
+  products = jnp.dot(
+    cotangent.reshape(-1, outputs),
+    kernel.reshape(-1, outputs).T,
+    precision=lax.Precision.HIGHEST,
+  ).reshape(n, height, width, size * size, inputs)
+  margin = (pad, pad)
+  products = jnp.pad(products, ((0, 0), margin, margin, (0, 0), (0, 0)))
+  return sum(
+    products[
+      :,
+      2 * pad - row : 2 * pad - row + height,
+      2 * pad - column : 2 * pad - column + width,
+      row * size + column,
+    ]
+    for row in range(size)
+    for column in range(size)
+  )
+
+
+def _by_phases(cotangent, flipped, stride, height, width):
+  """One convolution for each residue of row and column modulo the stride.
+
+  Each has the taps that meet those rows and columns, so none is spent on the
+  zeros between the entries of the cotangent.
+  """
+  rows, columns = -(-height // stride), -(-width // stride)
+  row_phases = _phases(flipped.shape[0], stride, cotangent.shape[1], rows)
+  column_phases = _phases(flipped.shape[1], stride, cotangent.shape[2], columns)
+  parts = [
+    jnp.stack(
+      [
+        lax.conv_general_dilated(
+          cotangent,
+          flipped[row::stride, column::stride],
+          window_strides=(1, 1),
+          padding=(row_padding, column_padding),
+          dimension_numbers=_LAYOUT,
+          precision=lax.Precision.HIGHEST,
+        )
+        for column, column_padding in column_phases
+      ],
+      axis=3,
+    )
+    for row, row_padding in row_phases
+  ]
+  n, inputs = cotangent.shape[0], flipped.shape[-1]
+  whole = jnp.stack(parts, axis=2).reshape(
+    n, rows * stride, columns * stride, inputs
+  )
+  return whole[:, :height, :width]
+
+
+def _phases(size, stride, length, wanted):
+  """First tap of the flipped kernel and padding for each residue."""
+  phases = []
+  for residue in range(stride):
+    # Tap t of the flipped kernel meets entry
+    # position + (residue + t - (size - 1 - size // 2)) / stride.
+    start = size - 1 - size // 2 - residue
+    first = start % stride
+    taps = len(range(first, size, stride))
+    low = (start - first) // stride
+    high = wanted - length - low + taps - 1
+    phases.append((first, (low, high)))
+  return phases
 
 
 def _interleave(x, stride, height, width):

@@ -127,8 +127,9 @@ def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import report
+  from rocl_jax import compiled, report
 
+  compiled.keep_programs()
   records = evaluate(flags.FLAGS.config, flags.FLAGS.model)
   print(report.evaluation_table(records))
 

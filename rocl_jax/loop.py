@@ -75,6 +75,30 @@ def make_step(
   return step
 
 
+def first_state(
+  stage: Stage,
+  optimizer: optax.GradientTransformation,
+  step: Callable[..., tuple[TrainState, jax.Array]],
+  arguments: tuple[Any, ...],
+) -> Callable[[Variables, jax.Array], TrainState]:
+  """What a stage starts from: (upstream variables, key) -> TrainState.
+
+  `step` and its `arguments` after the state tell which metrics there will be.
+  """
+
+  def first(upstream: Variables, key: jax.Array) -> TrainState:
+    trained = stage.start(upstream, key)
+    opt_state = optimizer.init(trained.trainable)
+    state = TrainState(
+      step=jnp.int32(0), trained=trained, opt_state=opt_state, sums={}
+    )
+    stepped, _ = jax.eval_shape(step, state, *arguments)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stepped.sums)
+    return dataclasses.replace(state, sums=zeros)
+
+  return first
+
+
 def stage_key(seed: int, name: str) -> jax.Array:
   """The key of a stage: a function of the run's seed and the stage's name."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -160,19 +184,10 @@ def run_stage(run: StageRun) -> Variables:
   train_step = compiled.jit(step, donate_argnums=0)
   finish = jax.jit(lambda state: run.stage.finish(state.trained))
 
-  def first_state(upstream):
-    trained = run.stage.start(upstream, start_key)
-    opt_state = optimizer.init(trained.trainable)
-    state = TrainState(
-      step=jnp.int32(0), trained=trained, opt_state=opt_state, sums={}
-    )
-    order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
-    stepped, _ = jax.eval_shape(step, state, data, order, step_key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stepped.sums)
-    return dataclasses.replace(state, sums=zeros)
-
+  order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
+  first = first_state(run.stage, optimizer, step, (data, order, step_key))
   # Jitted, so that the state owns its arrays: the step donates them.
-  state = jax.jit(first_state, out_shardings=everywhere)(run.upstream)
+  state = jax.jit(first, out_shardings=everywhere)(run.upstream, start_key)
   with checkpoint.open_states(run.directory / 'checkpoints') as manager:
     state = checkpoint.restore_state(manager, like=state) or state
     done = int(state.step)
@@ -182,6 +197,7 @@ def run_stage(run: StageRun) -> Variables:
     progress = Progress(run.label, total, batch_size)
     if done < total:
       say(f'{run.label}: compiling')
+    compiling_since: float | None = time.monotonic()
     for epoch in range(done // steps, epochs):
       began, began_at = time.monotonic(), done
       order = order_of(epoch)
@@ -190,6 +206,11 @@ def run_stage(run: StageRun) -> Variables:
         previous = loss
         state, loss = train_step(state, data, order, step_key)
         done += 1
+        if compiling_since is not None:
+          loss.block_until_ready()
+          took = time.monotonic() - compiling_since
+          say(f'{run.label}: first step after {took:.1f} s')
+          compiling_since = None
         if previous is not None:  # so that no more than one step is queued
           previous.block_until_ready()
         progress.show(done, f'epoch {epoch + 1}/{epochs}')

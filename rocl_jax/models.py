@@ -27,14 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rocl_jax import convolution
+from rocl_jax import batchnorm, convolution
 from rocl_jax.settings import one_of, within
 from rocl_jax.trees import flatten
 
 Params = dict[str, Any]
 Variables = dict[str, Any]
 
-BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9  # the weight of the old value; PyTorch calls this 0.1
 
 
@@ -64,6 +63,7 @@ class ConvNorm(nn.Module):
   stride: int = 1
   train: bool = False
   dtype: Any = jnp.float32
+  conv: Callable[..., jax.Array] = convolution.conv
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,18 +77,15 @@ class ConvNorm(nn.Module):
     running_mean = self.variable('batch_stats', 'mean', zeros)
     running_var = self.variable('batch_stats', 'var', ones)
 
-    x = convolution.conv(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.stride
-    )
+    x = x.astype(self.dtype)
+    x = self.conv(x, kernel.astype(self.dtype), self.stride)
     if self.train:
-      x32 = x.astype(jnp.float32)
-      mean = x32.mean((0, 1, 2))
-      var = jnp.square(x32 - mean).mean((0, 1, 2))
+      y, mean, var = batchnorm.normalise(x, scale, bias)
       n = x.size // x.shape[-1]
       running_mean.value, running_var.value = mean, var * (n / max(n - 1, 1))
-    else:
-      mean, var = running_mean.value, running_var.value
-    gain = scale * lax.rsqrt(var + BN_EPSILON)
+      return y
+    mean, var = running_mean.value, running_var.value
+    gain = scale * lax.rsqrt(var + batchnorm.EPSILON)
     return (x * gain + (bias - mean * gain)).astype(self.dtype)
 
 
@@ -113,7 +110,7 @@ def fold(params: Params, batch_stats: Params, dtype: Any) -> Params:
   """Turns each ConvNorm's parameters into those of a FrozenConvNorm."""
   if 'kernel' not in params:
     return {k: fold(v, batch_stats[k], dtype) for k, v in params.items()}
-  gain = params['scale'] * lax.rsqrt(batch_stats['var'] + BN_EPSILON)
+  gain = params['scale'] * lax.rsqrt(batch_stats['var'] + batchnorm.EPSILON)
   kernel = (params['kernel'] * gain).astype(dtype)
   bias = (params['bias'] - batch_stats['mean'] * gain).astype(dtype)
   return {
@@ -233,8 +230,16 @@ class Settings:
     within('width', self.width, 1, 4096)
 
 
-def build(settings: Settings, num_classes: int) -> Model:
-  """Builds the network with a head of `num_classes` outputs."""
+def build(
+  settings: Settings,
+  num_classes: int,
+  conv: Callable[..., jax.Array] = convolution.conv,
+) -> Model:
+  """Builds the network with a head of `num_classes` outputs.
+
+  `conv` is the convolution of `predict` and `train`: (images, kernel, stride)
+  -> images, such as `convolution.conv` or `plain_conv`.
+  """
   blocks = ARCHITECTURES[settings.name]
   resnet = functools.partial(ResNet, blocks, settings.width)
   features = settings.width * 2 ** (len(blocks) - 1)
@@ -243,7 +248,9 @@ def build(settings: Settings, num_classes: int) -> Model:
   projector = Projector()
 
   def encoder(train):
-    return resnet(functools.partial(ConvNorm, train=train, dtype=compute))
+    return resnet(
+      functools.partial(ConvNorm, train=train, dtype=compute, conv=conv)
+    )
 
   frozen_encoder = resnet(functools.partial(FrozenConvNorm, dtype=compute))
 

@@ -958,4 +958,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, usage=__doc__ or '', positional=1)
+  command.run(main, usage=__doc__ or '', positional=(1,))

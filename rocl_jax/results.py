@@ -208,13 +208,16 @@ def _merge(records: list[Record], new: list[Record]) -> list[Record]:
 def versions() -> dict[str, str]:
   """What a number may depend on beside its config."""
   packages = ('rocl-jax', 'jax', 'jaxlib', 'flax', 'optax')
-  found = {}
-  for package in packages:
-    try:
-      found[package] = metadata.version(package)
-    except metadata.PackageNotFoundError:
-      found[package] = 'not installed'
+  found = {p: version_of(p) or 'not installed' for p in packages}
   return found | {'commit': _commit(), 'device': jax.devices()[0].device_kind}
+
+
+def version_of(package: str) -> str:
+  """The version of an installed package, '' where it is not."""
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return ''
 
 
 def _commit():

@@ -1,0 +1,108 @@
+r"""Measures speed and memory on this machine.
+
+  python -m rocl_jax.benchmark
+  python -m rocl_jax.benchmark attacks --peers --config.width=64,
+
+attacks    PGD, the instance-wise attack, training steps and masks (default)
+masks      exact top-k selection against a sort, by layer size
+roofline   FLOPs and bytes per image, by hand and from the compiled program
+scaling    the TRADES step over simulated CPU devices, with its collectives
+startup    from process start to first step, without and with the cache
+
+--peers          beside published loops and attack libraries, in PyTorch:
+                 pip install 'rocl-jax[peers]'; for attacks and masks
+--config=FILE    what to measure: configs/benchmark.py if not given;
+                 --config.FIELD=VALUE overrides, --config.width=16,64
+--out=FOLDER     where NAME.json, NAME.md and NAME.png go: runs/benchmark
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from etils import epath
+
+from rocl_jax import command
+from rocl_jax.errors import UserError
+from rocl_jax.settings import FieldError, one_of
+
+SECTIONS = ('attacks', 'masks', 'roofline', 'scaling', 'startup')
+WITH_PEERS = ('attacks', 'masks')
+CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'benchmark.py'
+
+
+def main(arguments: list[str]) -> None:
+  section = arguments[0] if arguments else 'attacks'
+  try:
+    one_of('benchmark', section, SECTIONS)
+  except FieldError as e:
+    raise UserError(str(e)) from None
+  peers = flags.FLAGS.peers
+  if peers:
+    _check_peers(section)
+
+  import jax
+
+  if section == 'scaling':
+    jax.config.update('jax_platforms', 'cpu')
+  from rocl_jax.benchmark import output
+  from rocl_jax.benchmark.settings import parse_settings
+  from rocl_jax.progress import say
+
+  settings = parse_settings(flags.FLAGS.config)
+  if section == 'scaling':
+    jax.config.update('jax_num_cpu_devices', max(settings.scaling.devices))
+  # Compile times are compile times.
+  jax.config.update('jax_enable_compilation_cache', False)
+  folder = epath.Path(flags.FLAGS.out).expanduser().resolve()
+  measured = _measure(section, settings, peers, say)
+  asked = ' '.join(sys.argv[1:])
+  path = output.write(folder, section, measured, asked)
+  print(path.read_text())
+  print(f'Written: {path}, and the numbers as JSON beside it')
+
+
+def _measure(section, settings, peers, say):
+  if section == 'attacks':
+    from rocl_jax.benchmark import attacks
+
+    return attacks.measure(settings, peers, say)
+  if section == 'masks':
+    from rocl_jax.benchmark import masks
+
+    return masks.measure(settings, peers, say)
+  if section == 'roofline':
+    from rocl_jax.benchmark import roofline
+
+    return roofline.measure(settings, say)
+  if section == 'scaling':
+    from rocl_jax.benchmark import scaling
+
+    return scaling.measure(settings, say)
+  from rocl_jax.benchmark import startup
+
+  return startup.measure(settings, say)
+
+
+def _check_peers(section):
+  if section not in WITH_PEERS:
+    raise UserError(
+      f'--peers: found with {section}, wanted {" or ".join(WITH_PEERS)}'
+    )
+  for module in ('torch', 'torchattacks', 'foolbox', 'art'):
+    if importlib.util.find_spec(module) is None:
+      raise UserError(
+        f"--peers: {module} is not installed; pip install 'rocl-jax[peers]'"
+      )
+
+
+if __name__ == '__main__':
+  # Threads that wait for their next piece of work must not keep others from
+  # theirs: PyTorch's would spin on after its turn.
+  os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+  command.define_config(default=str(CONFIG))
+  flags.DEFINE_bool('peers', False, 'Measure others, too.')
+  flags.DEFINE_string('out', 'runs/benchmark', 'Folder of what is written.')
+  command.run(main, usage=__doc__ or '', positional=(0, 1))

@@ -1,0 +1,183 @@
+"""Speed of attacks and training steps, beside each other and beside others'."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rocl_jax import compiled, models
+from rocl_jax.benchmark import programs, timing
+from rocl_jax.benchmark.programs import Bench, Cell, Compiled
+from rocl_jax.benchmark.settings import Settings
+from rocl_jax.training import Training
+
+Record = dict[str, Any]
+
+PEAKS = ('peak: matrix product', 'peak: convolution')
+
+
+def measure(
+  settings: Settings, peers: bool, say: Callable[[str], None]
+) -> list[Record]:
+  """One record a cell: speeds of all programs, and ratios between them."""
+  return [_measure_cell(cell, settings, peers, say) for cell in cells(settings)]
+
+
+def cells(settings: Settings) -> Iterator[Cell]:
+  """All combinations of the grid, in its order."""
+  name = settings.recipe.model.name
+  grid = (settings.width, settings.dtype, settings.batch, settings.steps)
+  for width, dtype, batch, steps in itertools.product(*grid):
+    model = models.Settings(name=name, width=width, dtype=dtype)
+    yield Cell(model, batch, steps, settings.image_size, settings.classes)
+
+
+def build(
+  bench: Bench, settings: Settings, say: Callable[[str], None]
+) -> dict[str, Compiled]:
+  """Our own programs of a cell, compiled."""
+  recipe = settings.recipe
+  supervised = programs.with_cell(recipe.supervised, bench.cell)
+  pretrain = programs.with_cell(recipe.pretrain, bench.cell)
+  natural = programs.natural(supervised)
+  eps = supervised.attack.keywords['eps']
+  step: Callable[[str, Training], Compiled] = lambda stage, section: (
+    programs.training_step(bench, stage, section)
+  )
+  makers: dict[str, Callable[[], Compiled]] = {
+    programs.PGD: lambda: programs.pgd_attack(bench, eps),
+    programs.NAIVE: lambda: programs.naive_pgd_attack(bench, eps),
+    programs.INSTANCE: lambda: programs.instance_attack(
+      bench, eps, pretrain.temperature
+    ),
+    programs.TRADES: lambda: step('supervised', supervised),
+    programs.ROCL: lambda: step('pretrain', pretrain),
+    programs.PLAIN: lambda: step('supervised', natural),
+    programs.MASKS: lambda: programs.network_masks(bench, settings.masks.keep),
+  }
+  built = {}
+  for name, make in makers.items():
+    say(f'compiling {name}')
+    built[name] = make()
+  return built
+
+
+def _measure_cell(cell, settings, peers, say):
+  say(cell.name)
+  bench = programs.bench(cell)
+  ours = build(bench, settings, say)
+  peak_jobs, peak_work = _peaks(cell)
+  jobs = {name: program.run for name, program in ours.items()} | peak_jobs
+  against = {programs.NAIVE: programs.PGD}
+  unfair = {
+    programs.NAIVE: 'even: the same attack, bit for bit the same numbers or '
+    'signs of gradients within rounding of zero.'
+  }
+  if peers:
+    others, peer_against, peer_unfair = _peer_jobs(bench, settings)
+    jobs, against = jobs | others, against | peer_against
+    unfair |= peer_unfair
+  seconds = timing.interleave(jobs, settings.rounds, say)
+
+  peak = max(peak_work[name] / min(seconds[name]) for name in peak_jobs)
+  return {
+    'cell': cell._asdict() | {'model': vars(cell.model)},
+    'rounds': settings.rounds,
+    'peak_flops_per_second': {
+      name: peak_work[name] / min(seconds[name]) for name in peak_jobs
+    },
+    'programs': {
+      name: _row(cell, program, seconds[name], peak)
+      for name, program in ours.items()
+    },
+    'peers': {
+      name: timing.summary(seconds[name])._asdict()
+      for name in jobs
+      if name not in ours and name not in peak_jobs
+    },
+    'ratios': {
+      name: {
+        'against': ours_name,
+        **timing.ratio(seconds[name], seconds[ours_name])._asdict(),
+        'unfair': unfair[name],
+      }
+      for name, ours_name in against.items()
+    },
+  }
+
+
+def _row(cell: Cell, program: Compiled, seconds: list[float], peak: float):
+  summary = timing.summary(seconds)
+  images = cell.batch / summary.median
+  row = {
+    **summary._asdict(),
+    'compile_seconds': program.compile_seconds,
+    'memory_bytes': program.memory,
+  }
+  if program.work:
+    row['images_per_second'] = images
+    row['flops_per_image'] = program.work
+    row['flops_per_second'] = images * program.work
+    row['share_of_peak'] = images * program.work / peak
+  if program.attack_steps:
+    row['image_steps_per_second'] = images * program.attack_steps
+  return row
+
+
+def _peaks(cell):
+  """A large matrix product and a large convolution: what the device can do."""
+  dtype = jnp.dtype(cell.model.dtype)
+  on_cpu = jax.default_backend() == 'cpu'
+  n, batch, channels, size = (
+    (2048, 32, 256, 16) if on_cpu else (8192, 256, 512, 32)
+  )
+  random = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(random.random(shape, np.float32), dtype)
+  factors = draw(n, n), draw(n, n)
+  operands = draw(batch, size, size, channels), draw(3, 3, channels, channels)
+  convolve = lambda x, w: lax.conv_general_dilated(
+    x, w, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  product = compiled.jit(jnp.matmul)
+  convolution = compiled.jit(convolve)
+  jobs = {
+    PEAKS[0]: lambda: product(*factors).block_until_ready(),
+    PEAKS[1]: lambda: convolution(*operands).block_until_ready(),
+  }
+  inner = sum(1 for o in range(size) for t in range(3) if 0 <= o + t - 1 < size)
+  flops = {
+    PEAKS[0]: 2 * n**3,
+    PEAKS[1]: 2 * batch * inner**2 * channels**2,
+  }
+  return jobs, flops
+
+
+def _peer_jobs(bench, settings):
+  """Jobs of all peers, what of ours each stands against, and how unfairly."""
+  from rocl_jax.benchmark import peers
+
+  recipe, cell = settings.recipe, bench.cell
+  keywords = recipe.supervised.attack.keywords
+  problem = peers.Problem(
+    settings=cell.model,
+    num_classes=cell.num_classes,
+    variables=jax.device_get(bench.variables),
+    images=np.asarray(bench.images),
+    second=np.asarray(bench.second),
+    labels=np.asarray(bench.labels),
+    eps=keywords['eps'],
+    step_size=keywords['eps'] / 4,
+    steps=cell.steps,
+    temperature=recipe.pretrain.temperature,
+    beta=recipe.supervised.beta,
+  )
+  # As its users would: foolbox's loop round a jitted network.
+  predict = lambda x: bench.network.predict(bench.variables, x)
+  made = peers.jobs(problem, predict)
+  jobs = {name: peer.job for name, peer in made.items()}
+  against = {name: peer.against for name, peer in made.items()}
+  return jobs, against, {name: peer.unfair for name, peer in made.items()}
