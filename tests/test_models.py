@@ -5,45 +5,95 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rocl_jax import convolution, models
+from rocl_jax import batchnorm, convolution, models
 from rocl_jax.trees import flatten
 
 
-def build(name='resnet8', width=8, dtype='float32', classes=10):
+def build(
+  name='resnet8',
+  width=8,
+  dtype='float32',
+  classes=10,
+  conv=convolution.conv,
+):
   settings = models.Settings(name=name, width=width, dtype=dtype)
-  return models.build(settings, classes)
+  return models.build(settings, classes, conv)
 
 
 def random_variables(model, shape=(16, 16, 3)):
   """Fresh weights with BatchNorm statistics that are not the identity."""
-  variables = model.init(jax.random.key(0), shape)
+  variables = jax.jit(lambda key: model.init(key, shape))(jax.random.key(0))
   images = jax.random.uniform(jax.random.key(1), (32, *shape))
-  _, moments = model.train(variables, images)
+  _, moments = jax.jit(model.train)(variables, images)
   variables['batch_stats'] = moments
   return variables
 
 
-@pytest.mark.parametrize('size', [1, 3])
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('extent', [7, 8])
-def test_frozen_convolution_has_the_gradient_of_a_plain_one(
-  size, stride, extent
-):
-  images = jax.random.normal(jax.random.key(0), (2, extent, extent + 1, 3))
-  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
-  frozen = lambda x: convolution.frozen_conv(
-    x, kernel, convolution.flip(kernel), stride
+@pytest.mark.parametrize('size', [1, 3, 5])
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize(
+  'inputs', [3, 9]
+)  # few channels have a way of their own
+def test_convolutions_have_the_gradients_of_a_plain_one(size, stride, inputs):
+  kernel = jax.random.normal(jax.random.key(1), (size, size, inputs, 5))
+  for extent in (7, 8):
+    shape = (2, extent, extent + 1, inputs)
+    images = jax.random.normal(jax.random.key(0), shape)
+
+    @jax.jit
+    def gradients(images, kernel):
+      plain, pullback = jax.vjp(
+        lambda x, w: convolution.plain_conv(x, w, stride), images, kernel
+      )
+      cotangent = jax.random.normal(jax.random.key(2), plain.shape)
+      frozen = lambda x: convolution.frozen_conv(
+        x, kernel, convolution.flip(kernel), stride
+      )
+      trained = lambda x, w: convolution.conv(x, w, stride)
+      _, trained_pullback = jax.vjp(trained, images, kernel)
+      _, frozen_pullback = jax.vjp(frozen, images)
+      native = convolution._native_gradient(
+        cotangent, kernel, stride, images.shape
+      )
+      return pullback(cotangent), {
+        'trained': trained_pullback(cotangent),
+        'frozen': frozen_pullback(cotangent),
+        'native': (native,),
+      }
+
+    wanted, found = gradients(images, kernel)
+    for name, gradient in found.items():
+      for actual, plain in zip(gradient, wanted, strict=False):
+        np.testing.assert_allclose(actual, plain, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('shape', [(8, 6, 6, 5), (3, 5, 7, 2)])
+def test_batchnorm_has_the_gradient_that_autodiff_finds(shape):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = 3 + 2 * jax.random.normal(keys[0], shape)
+  scale, bias = jax.random.normal(keys[1], (2, shape[-1]))
+  cotangent = jax.random.normal(keys[2], shape)
+
+  def plain(x, scale, bias):
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    return (x - mean) / jnp.sqrt(var + batchnorm.EPSILON) * scale + bias
+
+  y, pullback = jax.vjp(plain, x, scale, bias)
+  ours = lambda *a: batchnorm.normalise(*a)[0]
+  our_y, our_pullback = jax.vjp(ours, x, scale, bias)
+  np.testing.assert_allclose(our_y, y, atol=1e-5)
+  for actual, wanted in zip(
+    our_pullback(cotangent), pullback(cotangent), strict=True
+  ):
+    np.testing.assert_allclose(actual, wanted, atol=1e-4)
+  _, mean, var = batchnorm.normalise(x, scale, bias)
+  np.testing.assert_allclose(mean, x.mean((0, 1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(var, x.var((0, 1, 2)), rtol=1e-5)
+  elsewhere = batchnorm._autodiff_gradient(
+    x, scale, bias, None, None, cotangent
   )
-  plain = lambda x: convolution.conv(x, kernel, stride)
-  y, pullback = jax.vjp(plain, images)
-  frozen_y, frozen_pullback = jax.vjp(frozen, images)
-  cotangent = jax.random.normal(jax.random.key(2), y.shape)
-  np.testing.assert_array_equal(y, frozen_y)
-  np.testing.assert_allclose(
-    frozen_pullback(cotangent)[0], pullback(cotangent)[0], atol=1e-4
-  )
-  native = convolution._native_gradient(cotangent, kernel, stride, images.shape)
-  np.testing.assert_allclose(native, pullback(cotangent)[0], atol=1e-4)
+  for actual, wanted in zip(elsewhere, pullback(cotangent), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', models.ARCHITECTURES)
@@ -52,14 +102,20 @@ def test_prepared_network_computes_the_same_and_its_gradient(name):
   variables = random_variables(model)
   images = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
   frozen = model.prepare(variables)
+  plain_model = build(name, conv=convolution.plain_conv)
   for output in ('features', 'projection', 'logits'):
-    plain = model.predict(variables, images, output)
-    np.testing.assert_allclose(frozen(images, output), plain, atol=2e-5)
-  loss = lambda f: lambda x: jnp.square(f(x)).sum()
-  wanted = jax.grad(loss(lambda x: model.predict(variables, x)))(images)
-  np.testing.assert_allclose(
-    jax.grad(loss(frozen))(images), wanted, atol=1e-3 * jnp.abs(wanted).max()
-  )
+    plain = jax.jit(lambda v, x, o=output: plain_model.predict(v, x, o))
+    np.testing.assert_allclose(
+      jax.jit(frozen, static_argnums=1)(images, output),
+      plain(variables, images),
+      atol=2e-5,
+    )
+  gradient = lambda f: jax.jit(jax.grad(lambda x: jnp.square(f(x)).sum()))
+  wanted = gradient(lambda x: plain_model.predict(variables, x))(images)
+  for predict in (frozen, lambda x: model.predict(variables, x)):
+    np.testing.assert_allclose(
+      gradient(predict)(images), wanted, atol=1e-3 * jnp.abs(wanted).max()
+    )
 
 
 def test_nothing_flows_back_from_an_attack_into_the_weights():
@@ -67,7 +123,7 @@ def test_nothing_flows_back_from_an_attack_into_the_weights():
   variables = random_variables(model)
   images = jax.random.uniform(jax.random.key(2), (2, 16, 16, 3))
   loss = lambda variables: model.prepare(variables)(images).sum()
-  gradient = jax.grad(loss)(variables)
+  gradient = jax.jit(jax.grad(loss))(variables)
   assert all(not x.any() for x in jax.tree.leaves(gradient))
 
 

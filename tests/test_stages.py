@@ -116,6 +116,26 @@ class Interruption(Exception):
   pass
 
 
+def test_compiles_nothing_after_the_first_epoch(tmp_path, monkeypatch):
+  compilations, by_step = [], {}
+  listen = lambda event, seconds, **_: (
+    compilations.append(event) if 'backend_compile' in event else None
+  )
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  monkeypatch.setattr(
+    loop.Progress,
+    'show',
+    lambda self, done, note: by_step.update({done: len(compilations)}),
+  )
+  try:
+    loop.run_stage(stage_run('linear_eval', tmp_path, total_epochs=4))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  steps = len(by_step) // 4
+  assert by_step[1] > 0
+  assert by_step[steps + 1] == by_step[4 * steps]
+
+
 @pytest.mark.parametrize('name', STAGES)
 def test_resumes_bit_exactly(name, tmp_path, monkeypatch):
   """Stopped twice within an epoch, on the way to the next save, and run on."""

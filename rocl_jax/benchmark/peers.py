@@ -121,7 +121,7 @@ def _tensors(problem: Problem, channels_last: bool):
   view = functools.partial(
     torch_networks.images_of, channels_last=channels_last
   )
-  labels = torch.from_numpy(np.asarray(problem.labels)).long()
+  labels = torch.from_numpy(np.array(problem.labels)).long()
   return view(problem.images), view(problem.second), labels
 
 
