@@ -20,16 +20,12 @@ from rocl_jax.errors import RunFailed, UserError, nearest
 
 USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
 
-_default: str | None = None  # of --config
 
-
-def define_config(default: str | None = None) -> None:
+def define_config() -> None:
   """Defines --config, a config file whose fields --config.FIELD overrides."""
-  global _default
-  _default = default
   config_flags.DEFINE_config_file(
     'config',
-    default,
+    None,
     'Config file, with an argument after a colon if it has one.',
   )
 
@@ -39,6 +35,7 @@ def run(
   usage: str,
   required: Sequence[str] = (),
   positional: Collection[int] = (0,),
+  default_config: str | None = None,
 ) -> None:
   """Runs a command and exits with its status.
 
@@ -47,6 +44,7 @@ def run(
     usage: what --help prints.
     required: names of flags that must be given.
     positional: how many positional arguments there may be.
+    default_config: what --config is where it is not given.
   """
   program = os.path.basename(sys.argv[0])
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what we tell ourselves
@@ -54,7 +52,10 @@ def run(
     if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
       print(usage.strip())
       sys.exit(0)
-    arguments = _parse(sys.argv)
+    argv = sys.argv
+    if default_config is not None and _config_path(argv) is None:
+      argv = [argv[0], f'--config={default_config}', *argv[1:]]
+    arguments = _parse(argv)
     for name in required:
       if flags.FLAGS[name].value in (None, ''):
         raise UserError(f'--{name}: missing (--help says more)')
@@ -104,7 +105,7 @@ def _parse(argv):
 
 def _config_path(argv):
   """What --config says; of several the last, as with all flags."""
-  path = _default
+  path = None
   for i, argument in enumerate(argv):
     match = re.fullmatch(r'--?config=(.*)', argument)
     if match:

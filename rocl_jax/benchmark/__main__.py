@@ -102,7 +102,12 @@ if __name__ == '__main__':
   # Threads that wait for their next piece of work must not keep others from
   # theirs: PyTorch's would spin on after its turn.
   os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-  command.define_config(default=str(CONFIG))
+  command.define_config()
   flags.DEFINE_bool('peers', False, 'Measure others, too.')
   flags.DEFINE_string('out', 'runs/benchmark', 'Folder of what is written.')
-  command.run(main, usage=__doc__ or '', positional=(0, 1))
+  command.run(
+    main,
+    usage=__doc__ or '',
+    positional=(0, 1),
+    default_config=str(CONFIG),
+  )

@@ -110,5 +110,5 @@ def _copy(target, source):
 def images_of(images: np.ndarray, channels_last: bool) -> torch.Tensor:
   """[N, H, W, C] as [N, C, H, W], in the memory layout that is asked for."""
   layout = torch.channels_last if channels_last else torch.contiguous_format
-  tensor = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+  tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
   return tensor.clone().contiguous(memory_format=layout)
