@@ -100,7 +100,7 @@ def _check_peers(section):
 
 if __name__ == '__main__':
   # Threads that wait for their next piece of work must not keep others from
-  # theirs: PyTorch's would spin on after its turn.
+  # theirs: PyTorch's would spin on after its turn. Waking them costs it some.
   os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
   command.define_config()
   flags.DEFINE_bool('peers', False, 'Measure others, too.')
