@@ -135,7 +135,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.baselines.natural.supervised = ConfigDict(dict(loss='natural'))
   c.compare = ()
 
-  c.eval = eval_configs.get_config('paper').eval
+  c.eval = eval_configs.suite()
 
   if argument == 'asrun':
     c.data.validation = 0

@@ -55,6 +55,15 @@ def restore_state(
   return manager.restore(step, args=ocp.args.StandardRestore(like))
 
 
+def read_state(directory: epath.Path) -> dict[str, Any] | None:
+  """The newest train state as nested dicts, for who does not know its form."""
+  with ocp.CheckpointManager(directory) as manager:
+    step = manager.latest_step()
+    if step is None:
+      return None
+    return manager.restore(step, args=ocp.args.StandardRestore())
+
+
 def save_model(
   directory: epath.Path, variables: Variables, about: dict[str, Any]
 ) -> None:

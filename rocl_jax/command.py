@@ -46,7 +46,7 @@ def run(
     positional: how many positional arguments there may be.
     default_config: what --config is where it is not given.
   """
-  program = os.path.basename(sys.argv[0])
+  program = _program(sys.argv[0])
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what we tell ourselves
   try:
     if '--help' in sys.argv[1:] or '-h' in sys.argv[1:]:
@@ -73,6 +73,12 @@ def run(
   except KeyboardInterrupt:
     again = 'interrupted; the same command goes on from the last save'
     _exit(program, again, INTERRUPTED)
+
+
+def _program(path):
+  """What the user started: of a package's __main__ the package."""
+  folder, name = os.path.split(path)
+  return os.path.basename(folder) if name == '__main__.py' else name
 
 
 def _exit(program, message, status):

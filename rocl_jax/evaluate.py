@@ -1,25 +1,34 @@
-r"""Evaluates a saved model.
+r"""Evaluates saved models, and audits what it finds.
 
   python -m rocl_jax.evaluate --model=W/4_finetune/model \
-      --config=configs/eval.py:paper
+      --config=configs/eval.py:standard
 
---model=FOLDER             a model folder, with its own masks
---config=FILE[:SUITE]      attacks and images: configs/eval.py:paper or :quick;
-                           --config.FIELD=VALUE overrides
+--model=FOLDER[,FOLDER]    model folders, with their own masks
+--config=FILE[:SUITE]      attacks and images: configs/eval.py:paper, :quick,
+                           :standard, :transfer and others, see there, or any
+                           one attack; --config.FIELD=VALUE overrides
 
 The radius is the config's, 8/255, whatever the model was trained with: add
---config.eval.eps=0.1 for the quickstart's. The records go to results.json
-beside the model's folder, where `python -m rocl_jax.report` finds them.
+--config.eval.eps=0.1 for the quickstart's. An interrupted evaluation goes on
+where it was. The records go to results.json beside the model's folder, the
+checks to audit.json, transfer attacks to transfer.json; there `python -m
+rocl_jax.report` finds them. Exit status 3: a check failed.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict
 
-from rocl_jax import command, evaluation
-from rocl_jax.settings import one_of, parse, within
+from rocl_jax import command, data, evaluation
+from rocl_jax.data.records import CIFAR10_CLASSES
+from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.settings import FieldError, one_of, parse, within
+
+CORRUPTIONS = 'cifar10c'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +36,48 @@ class DataOverride:
   """The `data` section of an evaluation; empty fields are the model's own.
 
   Attributes:
-    source: see `rocl_jax.data`.
+    source: see `rocl_jax.data`; 'cifar10c' for common corruptions.
     dir: where the source finds its files.
   """
 
   source: str
   dir: str
+
+  def __post_init__(self):
+    if self.source:
+      one_of('source', self.source, [*data.SOURCES, CORRUPTIONS])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+  """The `audit` section.
+
+  Attributes:
+    examples: images of the checks of network and attacks; 0 leaves those out
+      and checks the records alone.
+  """
+
+  examples: int
+
+  def __post_init__(self):
+    within('examples', self.examples, 0, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+  """The `transfer` section.
+
+  Attributes:
+    surrogates: model folders whose adversarial images the models are scored
+      on.
+    matrix: whether the models are surrogates of each other, too.
+    unmasked: whether fine-tuned models are scored without their masks, too,
+      as the published Table 4 did.
+  """
+
+  surrogates: tuple[str, ...]
+  matrix: bool
+  unmasked: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,36 +89,50 @@ class Settings:
     split: 'test' or 'validation'.
     data: where the images are, if not where the model was trained.
     eval: the suite.
+    audit: the checks.
+    transfer: attacks from other networks.
   """
 
   seed: int
   split: str
   data: DataOverride
   eval: evaluation.Settings
+  audit: Audit
+  transfer: Transfer
 
   def __post_init__(self):
     within('seed', self.seed, 0, 2**32 - 1)
     one_of('split', self.split, ('test', 'validation'))
+    if self.transfer.matrix and self.data.source == CORRUPTIONS:
+      raise FieldError('transfer.matrix', True, f'False with {CORRUPTIONS}')
 
 
-def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
-  """Evaluates a model folder under a suite.
+class Evaluation(NamedTuple):
+  """What an evaluation found.
+
+  Attributes:
+    records: of the suite, see `results`.
+    transfers: of transfer attacks, see `transfer`.
+    checks: all checks, by name of the model.
+  """
+
+  records: list[dict[str, Any]]
+  transfers: list[dict[str, Any]]
+  checks: dict[str, list[Any]]
+
+
+def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
+  """Evaluates model folders under a suite.
 
   Args:
     config: see `configs/eval.py`.
-    model_folder: a folder with `model.json`.
-
-  Returns:
-    The records.
+    model_folders: folders with `model.json`.
 
   Raises:
-    UserError: a mistake in the config, or no model in the folder.
-    RunFailed: the model fails its own checks.
+    UserError: a mistake in the config, or no model in a folder.
+    RunFailed: a model's weights are not those that its record speaks of.
   """
-  import jax
-
-  from rocl_jax import checkpoint, data, mesh, models, results
-  from rocl_jax.errors import UserError
+  from rocl_jax import audit, mesh, results, saved, transfer
 
   if not isinstance(config, ConfigDict):
     raise UserError(
@@ -81,60 +140,156 @@ def evaluate(config: ConfigDict, model_folder: str) -> list[dict]:
     )
   values = config.copy_and_resolve_references().to_dict()
   settings = parse(Settings, values, 'config')
-  folder = epath.Path(model_folder).expanduser().resolve()
-  variables, about = checkpoint.load_model(folder)
-  if 'head' not in variables['params']:
-    raise UserError(f'--model: {folder} is an encoder without a classifier')
-  trained = about['config']
-  dataset = data.load(
-    settings.data.source or trained['data']['source'],
-    settings.data.dir or trained['data']['dir'],
-    trained['data']['validation'] if settings.split == 'validation' else 0,
-  )
-  if list(dataset.class_names) != about['class_names']:
-    raise UserError(
-      f'config.data: its classes are {", ".join(dataset.class_names)}, the '
-      f"model's are {', '.join(about['class_names'])}"
+  models = [saved.load(folder, '--model') for folder in model_folders]
+  surrogates = [
+    saved.load(folder, 'config.transfer.surrogates')
+    for folder in settings.transfer.surrogates
+  ]
+  splits, about_splits = _images(settings, models[0])
+  for one in (*models, *surrogates):
+    one.check_images(models[0])
+  evaluation.check_targets(settings.eval, len(models[0].class_names))
+  devices = mesh.make_mesh()
+
+  @functools.cache  # models of one architecture share what is compiled
+  def evaluators(network):
+    return [
+      evaluation.evaluator(
+        saved.network(network), attack, devices, settings.eval.batch_size
+      )
+      for attack in settings.eval.selected
+    ]
+
+  found = Evaluation([], [], {})
+  for one in models:
+    records = results.evaluate_model(
+      one.folder,
+      evaluators(one.network),
+      splits,
+      settings.seed,
+      one.folder.parent / 'results.json',
+      about_splits,
     )
-  splits = {settings.split: getattr(dataset, settings.split)}
+    checks = audit.of_records(records)
+    curves: dict[str, Any] = {}
+    if settings.audit.examples:
+      (name, split), *_ = splits.items()
+      count = min(settings.audit.examples, len(split.labels))
+      one.say(f'audit on {count} {name} images')
+      more, curves = audit.audit(
+        evaluation.logits_functions(saved.network(one.network)),
+        evaluation.visible(one.variables),
+        split.images[:count],
+        split.labels[:count],
+        eps=settings.eval.eps,
+        norm=settings.eval.norm,
+        mesh=devices,
+        seed=settings.seed,
+      )
+      checks = more + checks
+    found.records.extend(records)
+    found.checks[one.name] = checks
+    _write_audit(one, settings, next(iter(splits)), checks, curves)
+  if surrogates or settings.transfer.matrix:
+    transfers, by_target = transfer.run(
+      models,
+      [*surrogates, *(models if settings.transfer.matrix else [])],
+      settings.eval.selected,
+      splits,
+      devices,
+      settings.eval.batch_size,
+      settings.seed,
+      settings.transfer.unmasked,
+      models[0].folder.parent / 'transfer.json',
+    )
+    found.transfers.extend(transfers)
+    for name, more in by_target.items():
+      found.checks[name].extend(more)
+  return found
+
+
+def _images(
+  settings: Settings, model: Any
+) -> tuple[dict[str, data.Split], dict[str, dict[str, Any]]]:
+  """The splits, and what records say of them beside their names."""
+  trained = model.about['config']['data']
+  if settings.data.source == CORRUPTIONS:
+    splits = data.load_corruptions(settings.data.dir)
+    class_names: tuple[str, ...] = CIFAR10_CLASSES
+    about = {
+      name: {
+        'corruption': name.rpartition('-')[0],
+        'severity': int(name.rpartition('-')[2]),
+      }
+      for name in splits
+    }
+  else:
+    dataset = data.load(
+      settings.data.source or trained['source'],
+      settings.data.dir or trained['dir'],
+      trained['validation'] if settings.split == 'validation' else 0,
+    )
+    class_names = dataset.class_names
+    splits = {settings.split: getattr(dataset, settings.split)}
+    about = {}
+  if list(class_names) != model.class_names:
+    raise UserError(
+      f'config.data: its classes are {", ".join(class_names)}, the '
+      f"model's are {', '.join(model.class_names)}"
+    )
   splits = evaluation.cut(splits, settings.eval.examples)
   if not splits:
     raise UserError(
       f'config.split: the model was trained without {settings.split} images'
     )
-  model_settings = parse(models.Settings, trained['model'], 'config.model')
-  model = models.build(model_settings, len(dataset.class_names))
-  shape = dataset.test.images.shape[1:]
-  fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
-  difference = models.mismatch(variables, fresh)
-  if difference:
-    raise UserError(
-      f'--model: {folder} is not the network that its model.json says: '
-      f'{difference}'
-    )
-  devices = mesh.make_mesh()
-  evaluators = [
-    evaluation.evaluator(model, attack, devices, settings.eval.batch_size)
-    for attack in settings.eval.selected
-  ]
-  return results.evaluate_model(
-    folder,
-    evaluators,
-    splits,
-    settings.seed,
-    folder.parent / 'results.json',
-  )
+  return splits, about
+
+
+def _write_audit(model, settings, split, checks, curves):
+  """Adds the model's checks to the audit.json beside its folder."""
+  from rocl_jax.audit import USUAL_STEPS
+  from rocl_jax.files import read_json, write_json
+
+  path = model.folder.parent / 'audit.json'
+  entry = {k: model.about[k] for k in ('run', 'stage', 'selection')}
+  entry |= {'fingerprint': model.about['fingerprint'], 'split': split}
+  entry |= {'attack': settings.eval.suite[-1], 'seed': settings.seed}
+  entry |= {'norm': settings.eval.norm, 'eps': settings.eval.eps}
+  key = lambda e: json.dumps([e.get(k) for k in entry], sort_keys=True)
+  before = read_json(path, list) if path.exists() else []
+  kept = [e for e in before if isinstance(e, dict) and key(e) != key(entry)]
+  entry['n'] = settings.audit.examples
+  entry['steps'] = USUAL_STEPS
+  entry['checks'] = [check._asdict() for check in checks]
+  entry['curves'] = curves
+  write_json(path, [*kept, entry])
 
 
 def main(_: list[str]) -> None:
   from rocl_jax import compiled, report
+  from rocl_jax.audit import failed
 
   compiled.keep_programs()
-  records = evaluate(flags.FLAGS.config, flags.FLAGS.model)
-  print(report.evaluation_table(records))
+  folders = [x for x in flags.FLAGS.model.split(',') if x]
+  found = evaluate(flags.FLAGS.config, folders)
+  print(report.evaluation_table(found.records))
+  if found.transfers:
+    print(f'\n{report.transfer_table(found.transfers)}')
+  problems = []
+  for name, checks in found.checks.items():
+    bad = failed(checks)
+    print(f'\n{name}: {len(checks) - len(bad)} of {len(checks)} checks passed')
+    for check in bad:
+      print(f'  FAILED {check.check}: {check.found}; wanted {check.wanted}')
+      problems.append(f'{name}: {check.check}: {check.found}')
+  if problems:
+    raise RunFailed(
+      f'the audit failed, so these accuracies prove nothing: {problems[0]}'
+      + (f' and {len(problems) - 1} more' if len(problems) > 1 else '')
+    )
 
 
 if __name__ == '__main__':
   command.define_config()
-  flags.DEFINE_string('model', None, 'A model folder.')
+  flags.DEFINE_string('model', None, 'Model folders.')
   command.run(main, usage=__doc__ or '', required=('config', 'model'))

@@ -1,60 +1,57 @@
 """Clean and robust accuracy, image by image.
 
   settings = parse(Settings, config['eval'], 'config.eval')
-  evaluate = evaluator(model, settings.attacks['pgd10'], mesh, batch_size)
-  outcome = evaluate(variables, dataset.test, seed=0)
+  evaluate = evaluator(model, settings.selected[0], mesh, batch_size)
+  outcome = evaluate.outcome(variables, dataset.test, seed=0)
   outcome.percent('robust_top1')
 
-Every image counts exactly once: the last batch is filled up, and the filling
-is cut off. Networks are evaluated with running BatchNorm statistics; the
-attack's gradients come from the folded form, its score from the network
-itself.
+Networks are evaluated with running BatchNorm statistics; the attack's
+gradients come from the folded form, the verdict from the network itself. What
+a number is made of is in `attacks.robustness`.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from rocl_jax import augment, compiled, losses
-from rocl_jax.attacks import worst_of_restarts
+from rocl_jax.attacks import ATTACKS, CLASSIFIER_ATTACKS, robustness
+from rocl_jax.attacks.balls import check_ball
+from rocl_jax.attacks.classifier import OBJECTIVES, on_objective
+from rocl_jax.attacks.ensemble import Member
+from rocl_jax.attacks.robustness import Forwards, Outcome
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.data import Split
 from rocl_jax.errors import UserError
-from rocl_jax.mesh import replicated
 from rocl_jax.models import Model
-from rocl_jax.settings import FieldError, at_least, one_of, parse
+from rocl_jax.settings import FieldError, at_least, bind, one_of, with_defaults
 from rocl_jax.types import Variables
-
-Array = jax.Array | np.ndarray
-
-OBJECTIVES = {'cross_entropy': losses.cross_entropy, 'margin': losses.margin}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationAttack:
-  """An attack of a suite: its own keywords, and two of the evaluation's.
+  """An entry of a suite: one attack, or an ensemble of several.
 
   Attributes:
     name: what records call it.
-    settings: the attack.
-    objective: the loss that it maximises, a name in OBJECTIVES.
-    restarts: runs from different starts, of which the worst counts.
+    members: names and attacks, in order; none to measure clean accuracy.
+    everyone: whether it is run on all images, as published evaluations with
+      PGD do. Else images that are wrong without attack count as broken at
+      once, as AutoAttack does.
+    protocol: all that the attack's number depends on, as JSON values.
   """
 
   name: str
-  settings: AttackSettings
-  objective: str
-  restarts: int
+  members: tuple[Member, ...]
+  everyone: bool
+  protocol: dict[str, Any]
 
-  def __post_init__(self):
-    one_of('objective', self.objective, OBJECTIVES)
-    at_least('restarts', self.restarts, 1)
+  @property
+  def ball(self) -> dict[str, Any]:
+    """`norm` and `eps`; None without an attack."""
+    return {k: self.protocol[k] for k in ('norm', 'eps')}
 
 
 class EvaluationAttacks(dict[str, EvaluationAttack]):
@@ -62,21 +59,56 @@ class EvaluationAttacks(dict[str, EvaluationAttack]):
 
   @classmethod
   def parse(cls, section: Any, where: str) -> 'EvaluationAttacks':
-    """Reads a section of attacks by name."""
+    """Reads a section of attacks by name.
+
+    Raises:
+      UserError: an unknown attack or field, a wrong type or value.
+    """
     if not isinstance(section, Mapping):
       raise UserError(
         f'{where}: found {section!r}, wanted a section of attacks'
       )
+    return cls(
+      {
+        name: _parse_attack(name, fields, f'{where}.{name}')
+        for name, fields in section.items()
+      }
+    )
 
-    def attack(name, fields):
-      fields, there = dict(fields), f'{where}.{name}'
-      own = {k: fields.pop(k) for k in ('objective', 'restarts') if k in fields}
-      settings = AttackSettings.parse(fields, there)
-      defaults = {'objective': 'cross_entropy', 'restarts': 1}
-      given = {'name': name, 'settings': settings}
-      return parse(EvaluationAttack, defaults | own, there, given)
 
-    return cls({name: attack(name, fields) for name, fields in section.items()})
+def _parse_attack(name: str, section: Any, where: str) -> EvaluationAttack:
+  if not isinstance(section, Mapping) or 'name' not in section:
+    raise UserError(f'{where}: found {section!r}, wanted a section with name')
+  fields = dict(section)
+  try:
+    one_of('name', str(fields['name']), [*ATTACKS, *CLASSIFIER_ATTACKS])
+    if fields['name'] in ATTACKS:
+      objective = fields.pop('objective', 'cross_entropy')
+      restarts = fields.pop('restarts', 1)
+      settings = AttackSettings.parse(fields, where)
+      one_of('objective', objective, OBJECTIVES)
+      if type(restarts) is not int:
+        raise FieldError('restarts', restarts, 'a whole number')
+      at_least('restarts', restarts, 1)
+      function = ATTACKS[settings.name]
+      keywords = with_defaults(function, settings.keywords)
+      attack = on_objective(function, keywords, objective, restarts)
+      protocol = {'algorithm': settings.name, **keywords}
+      protocol |= {'objective': objective, 'restarts': restarts}
+    else:
+      factory = CLASSIFIER_ATTACKS[fields.pop('name')]
+      keywords = with_defaults(factory, bind(factory, fields, where))
+      attack = factory(**keywords)
+      protocol = {'algorithm': section['name'], **keywords}
+  except FieldError as e:
+    raise UserError(f'{where}.{e}') from None
+  everyone = section['name'] in ATTACKS
+  return EvaluationAttack(
+    name=name,
+    members=((name, attack),),
+    everyone=everyone,
+    protocol=protocol | {'everyone': everyone},
+  )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,141 +116,157 @@ class Settings:
   """The `eval` section.
 
   Attributes:
-    eps: the radius that the attacks' own follow in `configs/eval.py`.
+    eps, norm: the ball that the attacks' own follow in `configs/eval.py`.
     batch_size: images at a time.
     examples: evaluate the first so many images of a split; 0 for all.
-    suite: names of the attacks to run, in this order.
+    suite: names of attacks or ensembles to run, in this order.
     attacks: the attacks that a suite may name.
+    ensembles: name -> names of attacks, each of which sees the survivors of
+      those before; of none for clean accuracy.
   """
 
   eps: float
+  norm: str
   batch_size: int
   examples: int
   suite: tuple[str, ...]
   attacks: EvaluationAttacks
+  ensembles: dict
 
   def __post_init__(self):
-    at_least('eps', self.eps, 0)
+    check_ball(self.eps, self.norm)
     at_least('batch_size', self.batch_size, 1)
     at_least('examples', self.examples, 0)
     if not self.suite:
       raise FieldError('suite', self.suite, 'at least one attack')
     for name in self.suite:
-      one_of('suite', name, self.attacks)
+      one_of('suite', name, [*self.attacks, *self.ensembles])
+    for name, members in self.ensembles.items():
+      field = f'ensembles.{name}'
+      if name in self.attacks:
+        raise FieldError(field, name, 'another name than that of an attack')
+      if not isinstance(members, tuple | list):
+        raise FieldError(field, members, 'a tuple of attacks')
+      for member in members:
+        one_of(field, member, self.attacks)
+      balls = {self._ball(member) for member in members}
+      if len(balls) > 1:
+        found = ', '.join(f'{norm} {eps:g}' for norm, eps in sorted(balls))
+        raise FieldError(field, found, 'attacks of one norm and one eps')
+
+  def _ball(self, attack):
+    protocol = self.attacks[attack].protocol
+    return protocol['norm'], protocol['eps']
 
   @property
   def selected(self) -> tuple[EvaluationAttack, ...]:
-    """The attacks of the suite, in its order."""
-    return tuple(self.attacks[name] for name in self.suite)
+    """The entries of the suite, in its order."""
+    return tuple(self.named(name) for name in self.suite)
 
-
-class Outcome(NamedTuple):
-  """What happened to each of n images, as NumPy arrays [n].
-
-  Attributes:
-    clean_top1, clean_top5: whether the label is first, or among the first
-      five, on the clean image.
-    robust_top1, robust_top5: the same on the adversarial image.
-    clean_prediction, adversarial_prediction: the classes.
-  """
-
-  clean_top1: Array
-  clean_top5: Array
-  robust_top1: Array
-  robust_top5: Array
-  clean_prediction: Array
-  adversarial_prediction: Array
-
-  def percent(self, field: str) -> float:
-    """The mean of a field over the images, in percent."""
-    return 100.0 * float(np.mean(getattr(self, field)))
+  def named(self, name: str) -> EvaluationAttack:
+    """The attack or the ensemble of this name."""
+    if name in self.attacks:
+      return self.attacks[name]
+    attacks = [self.attacks[member] for member in self.ensembles[name]]
+    norm, eps = self._ball(attacks[0].name) if attacks else (None, None)
+    return EvaluationAttack(
+      name=name,
+      members=tuple(m for attack in attacks for m in attack.members),
+      everyone=False,
+      protocol={
+        'algorithm': 'ensemble',
+        'norm': norm,
+        'eps': eps,
+        'everyone': False,
+        'members': [{'attack': a.name, **a.protocol} for a in attacks],
+      },
+    )
 
 
 class Evaluator(NamedTuple):
-  """An attack, compiled for a network and a batch size.
+  """An entry of a suite, compiled for a network and a batch size.
 
   Attributes:
     attack: what it runs.
-    batch_size: images at a time; the random starts depend on it.
-    outcome: (variables, split, seed) -> Outcome of all its images.
-    examples: (variables, split, seed, count) -> (Outcome, clean images,
-      adversarial images) of the first `count`, in [0, 1].
+    batch_size: images at a time.
+    outcome: (variables, split, seed, known=None, watch=...) -> Outcome of all
+      its images; for `known` and `watch` see `robustness.build`.
+    images: (variables, split, seed) -> (Outcome, adversarial images float32
+      [n, H, W, C]).
   """
 
   attack: EvaluationAttack
   batch_size: int
-  outcome: Callable[[Variables, Split, int], Outcome]
-  examples: Callable[
-    [Variables, Split, int, int], tuple[Outcome, np.ndarray, np.ndarray]
-  ]
+  outcome: Callable[..., Outcome]
+  images: Callable[[Variables, Split, int], tuple[Outcome, np.ndarray]]
 
 
 def evaluator(
-  model: Model, attack: EvaluationAttack, mesh: Mesh, batch_size: int
+  model: Model,
+  attack: EvaluationAttack,
+  mesh: Mesh,
+  batch_size: int,
+  source: Model | None = None,
 ) -> Evaluator:
-  """Builds the compiled evaluation of one attack."""
-  objective = OBJECTIVES[attack.objective]
+  """Builds the compiled evaluation of one attack.
 
-  def measure(variables, images, labels, key):
-    images = augment.to_float(images)
-    frozen = model.prepare(variables)
-    predict = lambda x: model.predict(variables, x)
-    run = attack.settings.attack
-    if attack.restarts > 1:
-      score = lambda x: losses.margin(predict(x), labels)
-      run = worst_of_restarts(run, attack.restarts, score)
-    x_adv = run(lambda x: objective(frozen(x), labels), images, key)
-    clean, adversarial = predict(images), predict(x_adv)
-    outcome = Outcome(
-      clean_top1=_in_top(clean, labels, 1),
-      clean_top5=_in_top(clean, labels, 5),
-      robust_top1=_in_top(adversarial, labels, 1),
-      robust_top5=_in_top(adversarial, labels, 5),
-      clean_prediction=clean.argmax(-1),
-      adversarial_prediction=adversarial.argmax(-1),
-    )
-    return outcome, x_adv
+  Args:
+    model: the network whose accuracy is measured.
+    attack: the attack.
+    mesh: the devices.
+    batch_size: images at a time.
+    source: another network, which is attacked in the model's place: a transfer
+      attack. `variables` are then a pair, the model's and the source's.
+  """
 
-  everywhere = replicated(mesh)
-  batches = NamedSharding(mesh, PartitionSpec('data'))
-  compiled_measure = compiled.jit(measure, out_shardings=everywhere)
+  measure = robustness.build(
+    attack.members,
+    logits_functions(model, source),
+    mesh,
+    batch_size,
+    attack.everyone,
+  )
+  seen = visible if source is None else lambda two: tuple(map(visible, two))
 
-  def place(variables):
-    visible = {k: variables[k] for k in ('params', 'batch_stats')}
-    return jax.device_put(visible, everywhere)
+  def outcome(variables, split, seed, **keywords):
+    return measure(seen(variables), *split, seed, **keywords)[0]
 
-  def one_batch(variables, split, seed, start, size):
-    rows = np.minimum(np.arange(start, start + size), len(split.labels) - 1)
-    images, labels = split.images[rows], split.labels[rows]
-    batch = jax.device_put((images, labels), batches)
-    key = jax.random.fold_in(jax.random.key(seed), _name_hash(attack.name))
-    key = jax.random.fold_in(key, start)
-    return compiled_measure(variables, *batch, key)
+  def images(variables, split, seed):
+    return measure(seen(variables), *split, seed, keep=True)
 
-  def outcome(variables, split, seed):
-    n = len(split.labels)
-    size = _fitting_size(batch_size, n, mesh.size)
-    variables = place(variables)
-    # All batches are queued before the first result is fetched.
-    parts = [
-      one_batch(variables, split, seed, start, size)[0]
-      for start in range(0, n, size)
-    ]
-    parts = jax.device_get(parts)
-    return Outcome(
-      *(np.concatenate(field)[:n] for field in zip(*parts, strict=True))
-    )
+  return Evaluator(attack, batch_size, outcome, images)
 
-  def examples(variables, split, seed, count):
-    n = len(split.labels)
-    size = _fitting_size(batch_size, n, mesh.size)
-    result = one_batch(place(variables), split, seed, 0, size)
-    first, x_adv = jax.device_get(result)
-    count = min(count, n, size)
-    clean = np.asarray(split.images[:count], np.float32) / 255
-    return Outcome(*(field[:count] for field in first)), clean, x_adv[:count]
 
-  return Evaluator(attack, batch_size, outcome, examples)
+def logits_functions(model: Model, source: Model | None = None) -> Forwards:
+  """What of a model is attacked, and what judges; see `evaluator`."""
+
+  def forwards(variables):
+    own, attacked = variables if source else (variables, variables)
+    frozen = (source or model).prepare(attacked)
+    # A key may come, for networks that draw random numbers; these do not.
+    climbed = lambda x, key=None: frozen(x)
+    return climbed, lambda x: model.predict(own, x)
+
+  return forwards
+
+
+def visible(variables: Variables) -> Variables:
+  """The part of the variables that a forward pass reads."""
+  return {k: variables[k] for k in ('params', 'batch_stats')}
+
+
+def check_targets(settings: Settings, classes: int) -> None:
+  """Raises UserError where an attack aims at more classes than there are."""
+  for attack in settings.selected:
+    parts = attack.protocol.get('members', [attack.protocol])
+    for part in parts:
+      found, most = part.get('targets', 0), classes - 1
+      if found > most:
+        name = part.get('attack', attack.name)
+        raise UserError(
+          f'config.eval.attacks.{name}.targets: found {found}, wanted at most '
+          f'{most}, the other classes'
+        )
 
 
 def cut(splits: dict[str, Split], examples: int) -> dict[str, Split]:
@@ -229,20 +277,3 @@ def cut(splits: dict[str, Split], examples: int) -> dict[str, Split]:
     for name, split in splits.items()
     if len(split.labels)
   }
-
-
-def _in_top(logits, labels, k):
-  """Whether fewer than k classes stand before the label; ties stand behind."""
-  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-  before = (logits > own).sum(-1)
-  is_first = logits.argmax(-1) == labels
-  return is_first if k == 1 else (before < k)
-
-
-def _fitting_size(batch_size, n, devices):
-  """The batch size, or all n images if fewer, rounded up to the devices."""
-  return -(-min(batch_size, n) // devices) * devices
-
-
-def _name_hash(name):
-  return zlib.crc32(name.encode())

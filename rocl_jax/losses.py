@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_TINY = 1e-12  # as in AutoAttack's ratios
 _GUARD = 1e-8  # as in RoCL's `loss.py`, in the norm and in both logarithms
 
 
@@ -30,6 +31,32 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
   others = jnp.where(is_label, -jnp.inf, logits).max(-1)
   return others - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+
+
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Difference-of-logits ratio: the margin in units of the first logit's lead
+  over the third, so that scaling the logits changes nothing.
+
+  Croce and Hein 2020. With two classes there is no third: they get the margin.
+  """
+  ranked = jnp.sort(logits, axis=-1, descending=True)
+  lead = ranked[:, 0] - ranked[:, 2] if logits.shape[-1] > 2 else 1.0
+  return margin(logits, labels) / (lead + _TINY)
+
+
+def targeted_dlr(
+  logits: jax.Array, labels: jax.Array, targets: jax.Array
+) -> jax.Array:
+  """`dlr` towards a class of each image; `targets` int [N] -> [N].
+
+  The unit is the first logit's lead over the mean of the third and fourth; of
+  three classes, over the third; of two, 1.
+  """
+  of = lambda classes: jnp.take_along_axis(logits, classes[:, None], axis=1)
+  ranked = jnp.sort(logits, axis=-1, descending=True)
+  low = ranked[:, 2:4]
+  lead = ranked[:, 0] - low.mean(-1) if low.shape[-1] else 1.0
+  return (of(targets) - of(labels))[:, 0] / (lead + _TINY)
 
 
 def trades(

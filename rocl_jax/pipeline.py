@@ -268,7 +268,7 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
         directory / folder, chain.evaluators, chain.splits, seed, path
       )
   first = chain.evaluators[0].attack
-  about = {'attack': first.name, 'eps': first.settings.keywords.get('eps')}
+  about = {'attack': first.name, **first.ball}
   examples = directory / 'examples.json'
   done = examples.exists() and read_json(examples, dict)
   if not (done and about.items() <= done.items()):
@@ -333,7 +333,7 @@ def _request(chain: Chain, stage: str, main: Chain) -> dict[str, Any]:
   # Selected models depend on the evaluation that selects them.
   request['eval'] = {
     'examples': config['eval']['examples'],
-    'attack': config['eval']['attacks'][chain.evaluators[0].attack.name],
+    'attack': chain.evaluators[0].attack.protocol,
   }
   return json.loads(json.dumps(request))
 

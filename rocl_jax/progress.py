@@ -49,10 +49,54 @@ class Progress:
       f'{self._label}  {done}/{self._total}  '
       f'{rate * self._per_count:,.0f} images/s  {left} left  {note}'
     )
-    if terminal:
-      print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
-    else:
-      print(line, file=sys.stderr, flush=True)
+    _show(line, terminal)
+
+
+class Countdown:
+  """Shows the time left of work that may turn out less than it seemed.
+
+    countdown = Countdown('autoattack')
+    countdown.show(worked=120, left=5000, note='apgd-t 2/9')
+
+  Args:
+    label: what is being done.
+  """
+
+  def __init__(self, label: str):
+    self._label = label
+    self._worked = 0.0
+    self._began: float | None = None
+    self._shown = 0.0
+
+  def show(self, worked: float, left: float, note: str = '') -> None:
+    """Shows the state unless it was shown a moment ago.
+
+    The clock starts with the first call: the work before it was compiled.
+
+    Args:
+      worked: work done since the last call, in any unit.
+      left: work that is left at most, in the same unit.
+      note: what is being done.
+    """
+    terminal = sys.stderr.isatty()
+    now = time.monotonic()
+    if self._began is None:
+      self._began = self._shown = now
+      return
+    self._worked += worked
+    wait = _TERMINAL_SECONDS if terminal else _PLAIN_SECONDS
+    if now - self._shown < wait or not self._worked:
+      return
+    self._shown = now
+    seconds = left * (now - self._began) / self._worked
+    _show(f'{self._label}  {note}  at most {duration(seconds)} left', terminal)
+
+
+def _show(line, terminal):
+  if terminal:
+    print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
+  else:
+    print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,12 +1,13 @@
 """Results as data: one record for each number, with all that it depends on.
 
 `results.json` is a list of records. `run`, `stage`, `selection`, `split`,
-`n`, `attack` and `eps` say which number it is; the accuracies are percent.
+`n`, `attack`, `norm` and `eps` say which number it is; the accuracies are
+percent.
 """
 
 import hashlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -14,19 +15,24 @@ import jax
 import numpy as np
 from etils import epath
 
-from rocl_jax import checkpoint, models
+from rocl_jax import checkpoint, journal, models
+from rocl_jax.attacks.ensemble import passes_left
+from rocl_jax.attacks.robustness import Outcome
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.evaluation import Evaluator, Outcome
+from rocl_jax.evaluation import Evaluator
 from rocl_jax.files import read_json, write_json
-from rocl_jax.progress import say
+from rocl_jax.progress import Countdown, say
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
 
 Record = dict[str, Any]
 
 # A newer record replaces the one that agrees with it in these.
-_IDENTITY = ('run', 'stage', 'selection', 'split', 'n', 'attack', 'eps')
+_IDENTITY = (
+  *('run', 'stage', 'selection', 'split', 'n'),
+  *('attack', 'norm', 'eps'),
+)
 _ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
 
@@ -36,6 +42,7 @@ def evaluate_model(
   splits: dict[str, Split],
   seed: int,
   results: epath.Path,
+  about_splits: Mapping[str, Record] = {},
 ) -> list[Record]:
   """Evaluates a model folder and adds its records to a results.json.
 
@@ -47,6 +54,7 @@ def evaluate_model(
     splits: the images, by name.
     seed: of the attacks' starts.
     results: the file.
+    about_splits: what records say of a split beside its name.
 
   Returns:
     The records of this model under these attacks, old and new.
@@ -65,21 +73,56 @@ def evaluate_model(
   for evaluator in evaluators:
     for name, split in splits.items():
       protocol = _protocol(about, evaluator, name, split, seed)
+      protocol |= about_splits.get(name, {})
       found = [r for r in records if protocol.items() <= r.items()]
       if not found:
         new = _twin(records, protocol)
         if new is None:
-          say(
-            f'{about["run"]}/{about["stage"]}: {evaluator.attack.name} on '
-            f'{len(split.labels)} {name} images, {about["selection"]}'
+          outcome = _attack(evaluator, variables, split, protocol, results)
+          new = protocol | _measured(
+            outcome, evaluator, split, variables, about
           )
-          outcome = evaluator.outcome(variables, split, seed)
-          new = protocol | _measured(outcome, variables, about)
         found = [new]
         records = _merge(records, found)
         write_json(results, records)
       asked += found
   return asked
+
+
+def _attack(
+  evaluator: Evaluator,
+  variables: Variables,
+  split: Split,
+  protocol: Record,
+  results: epath.Path,
+) -> Outcome:
+  """Runs an attack, or what an interruption has left of it."""
+  members, n = evaluator.attack.members, len(split.labels)
+  label = f'{protocol["run"]}/{protocol["stage"]}: {evaluator.attack.name}'
+  place = f'{n} {protocol["split"]} images, {protocol["selection"]}'
+  say(f'{label} on {place}')
+  book = journal.Journal(results, protocol)
+  known = book.read()
+  if known is not None:
+    say(f'{label}: goes on where it was interrupted')
+  turns = [
+    f'{name} {turn + 1}/{attack.turns}'
+    for name, attack in members
+    for turn in range(attack.turns)
+  ]
+  countdown = Countdown(label)
+
+  def watch(fates, passes):
+    book.write(fates)
+    turn, robust = turns[int(fates.turn)], int(fates.robust.sum())
+    note = f'{turn}, {robust} of {n} images robust'
+    countdown.show(passes, passes_left(members, fates), note)
+
+  outcome = evaluator.outcome(
+    variables, split, protocol['seed'], known=known, watch=watch
+  )
+  book.remove()
+  return outcome
 
 
 def _protocol(
@@ -91,9 +134,8 @@ def _protocol(
   return (
     {k: about[k] for k in model}
     | {'split': name, 'n': len(split.labels)}
-    | {'attack': attack.name, 'algorithm': attack.settings.name}
-    | {'objective': attack.objective, 'restarts': attack.restarts}
-    | dict(attack.settings.keywords)
+    | {'attack': attack.name}
+    | attack.protocol
     | {'seed': seed, 'eval_batch_size': evaluator.batch_size}
     | {'dtype': about['config']['model']['dtype']}
     | {'matmul_precision': 'highest'}
@@ -109,14 +151,68 @@ def _twin(records: list[Record], protocol: Record) -> Record | None:
   return None
 
 
-def _measured(outcome: Outcome, variables: Variables, about: Record) -> Record:
+def _measured(
+  outcome: Outcome,
+  evaluator: Evaluator,
+  split: Split,
+  variables: Variables,
+  about: Record,
+) -> Record:
   """The number itself, and what it was measured on."""
+  percent: Record = {k: round(outcome.percent(k), 4) for k in _ACCURACIES}
+  attack = evaluator.attack
+  if not attack.everyone:  # an image that breaks at once has no worst top-5
+    percent['robust_top5'] = None
+  n = len(split.labels)
+  members = [
+    member | {'robust_top1': round(100 * int(count) / n, 4)}
+    for member, count in zip(
+      attack.protocol.get('members', ()), outcome.after, strict=False
+    )
+  ]
   return (
-    {k: round(outcome.percent(k), 4) for k in _ACCURACIES}
+    percent
+    | ({'members': members} if members else {})
+    | {'largest_distance': float(np.max(outcome.distance))}
+    | {'largest_outside': float(np.max(outcome.outside))}
+    | by_class(outcome, split.labels, about['class_names'])
     | {'sparsity': about['sparsity']}
     | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}
     | {'versions': versions(), 'config': about['config']}
   )
+
+
+def by_class(
+  outcome: Outcome, labels: np.ndarray, class_names: Sequence[str]
+) -> Record:
+  """Accuracy of each class, and what its images are taken for under attack.
+
+  Returns:
+    `class_names`; `per_class`, {'n', 'clean_top1', 'robust_top1'}, percent,
+    None for a class without images; and `confusion`, counts by label and
+    class of the adversarial image.
+  """
+  count = len(class_names)
+  n = np.bincount(labels, minlength=count)
+
+  def percent(hits):
+    hit = np.bincount(labels[np.asarray(hits)], minlength=count)
+    return [
+      round(100 * int(h) / int(m), 4) if m else None
+      for h, m in zip(hit, n, strict=True)
+    ]
+
+  confusion = np.zeros((count, count), int)
+  np.add.at(confusion, (labels, np.asarray(outcome.adversarial_prediction)), 1)
+  return {
+    'class_names': list(class_names),
+    'per_class': {
+      'n': n.tolist(),
+      'clean_top1': percent(outcome.clean_top1),
+      'robust_top1': percent(outcome.robust_top1),
+    },
+    'confusion': confusion.tolist(),
+  }
 
 
 def identity(variables: Variables) -> Record:
@@ -161,9 +257,9 @@ def write_examples(
   Values are in [0, 1], to four decimals: enough for a picture.
   """
   variables, about = checkpoint.load_model(path)
-  outcome, clean, adversarial = evaluator.examples(
-    variables, split, seed, count
-  )
+  split = Split(split.images[:count], split.labels[:count])
+  outcome, adversarial = evaluator.images(variables, split, seed)
+  clean = split.images / 255
   rounded = lambda x: np.round(x.astype(float), 4).tolist()
   images = [
     {
@@ -179,7 +275,7 @@ def write_examples(
   write_json(
     path.parent / 'examples.json',
     {k: about[k] for k in ('run', 'stage', 'class_names')}
-    | {'attack': attack.name, 'eps': attack.settings.keywords.get('eps')}
+    | {'attack': attack.name, **attack.ball}
     | {'images': images},
   )
 

@@ -28,7 +28,7 @@ _KINDS = {
 }
 
 
-class FieldError(Exception):
+class FieldError(ValueError):
   """A field holds what it can't; `parse` adds where the field stands."""
 
   def __init__(self, field: str, found: Any, wanted: str):
@@ -109,6 +109,18 @@ def bind(
       types.get(name, Any), section[name], f'{where}.{name}', arguments
     )
   return arguments
+
+
+def with_defaults(
+  target: Callable[..., Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The arguments, and the default of each keyword that is not among them."""
+  defaults = {
+    name: p.default
+    for name, p in inspect.signature(target).parameters.items()
+    if p.default is not p.empty
+  }
+  return defaults | dict(arguments)
 
 
 def _convert(kind, value, where, siblings):

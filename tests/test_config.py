@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import cifar10, eval, quickstart
+from configs import cifar10, eval, quickstart, surrogate
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import parse_experiment
 from rocl_jax.settings import amount
@@ -68,6 +68,42 @@ def test_baselines_are_overlays():
   assert dict(runs['ours'].stages)['supervised'].loss == 'trades'
   assert dict(runs['magnitude'].stages)['prune'].total_epochs == 0
   assert dict(runs['ours'].stages)['prune'].total_epochs > 0
+
+
+def test_surrogate_is_a_natural_resnet20():
+  config = surrogate.get_config()
+  assert config.data.source == 'tfds' and config.eval.eps == '8/255'
+  config.data.source = 'digits'  # the only one that is always there
+  (run,) = parse_experiment(config).runs
+  assert (run.name, run.init_from) == ('surrogate', '')
+  assert (run.model.name, run.model.width) == ('resnet20', 16)
+  ((stage, settings),) = run.stages
+  assert (stage, settings.loss) == ('supervised', 'natural')
+  assert (settings.total_epochs, settings.batch_size) == (200, 128)
+  assert (settings.crop_padding, settings.flip) == (4, True)
+  optimizer = settings.optimizer
+  assert (optimizer.name, optimizer.schedule) == ('sgd', 'cosine')
+  assert (optimizer.learning_rate, optimizer.momentum) == (0.1, 0.9)
+  assert optimizer.weight_decay == 1e-4
+
+
+def test_surrogate_of_a_quickstart_model():
+  experiment = parse_experiment(surrogate.get_config('digits'))
+  quick = parse_experiment(quickstart.get_config())
+  assert experiment.data == quick.data
+  assert experiment.eval.selected == quick.eval.selected
+  (run,) = experiment.runs
+  assert (run.model.name, run.model.width) == ('resnet20', 8)
+  ((stage, settings),) = run.stages
+  assert (stage, settings.loss) == ('supervised', 'natural')
+  assert (settings.total_epochs, settings.batch_size) == (20, 50)
+  assert (settings.crop_padding, settings.flip) == (0, False)
+
+
+def test_surrogate_names_what_it_was_given():
+  for argument in ('digit', 'asrun'):
+    with pytest.raises(UserError, match=f'found :{argument}, wanted :digits'):
+      surrogate.get_config(argument)
 
 
 def set_field(path, value):

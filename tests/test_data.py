@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from rocl_jax import data
-from rocl_jax.data import archive, binary, tfds
+from rocl_jax.data import archive, binary, corruptions, tfds
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError, nearest
 
@@ -292,6 +292,200 @@ def test_bad_folder(pictures, break_it, message, cheap):
   says(message, data.load, 'folder', str(pictures), 0)
   if cheap:
     says(message, data.check, 'folder', str(pictures), 0)
+
+
+# ------------------------------------------------------------------ corruptions
+
+
+def corrupted(seed, count=15):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture
+def cifar10_c(tmp_path):
+  """Three images at five severities, under four corruptions."""
+  folder = tmp_path / 'corrupted'
+  folder.mkdir()
+  np.save(folder / 'labels.npy', np.tile([7, 0, 9], 5))
+  for seed, name in enumerate(('zigzag', 'saturate', 'fog', 'shot_noise')):
+    np.save(folder / f'{name}.npy', corrupted(seed))
+  (folder / '._fog.npy').write_bytes(b'what macOS leaves beside files')
+  (folder / 'README.txt').write_text('CIFAR-C Dataset README')
+  return folder
+
+
+def test_corruptions(cifar10_c):
+  splits = data.load_corruptions(str(cifar10_c))
+  assert list(splits) == [
+    *('shot_noise-1', 'shot_noise-2', 'shot_noise-3', 'shot_noise-4'),
+    *('shot_noise-5', 'fog-1', 'fog-2', 'fog-3', 'fog-4', 'fog-5'),
+    *('saturate-1', 'saturate-2', 'saturate-3', 'saturate-4', 'saturate-5'),
+    *('zigzag-1', 'zigzag-2', 'zigzag-3', 'zigzag-4', 'zigzag-5'),
+  ]
+  for split in splits.values():
+    assert split.labels.tolist() == [7, 0, 9]
+    assert split.labels.dtype == np.int32 and split.images.dtype == np.uint8
+  np.testing.assert_array_equal(splits['fog-1'].images, corrupted(2)[:3])
+  np.testing.assert_array_equal(splits['fog-4'].images, corrupted(2)[9:12])
+  np.testing.assert_array_equal(splits['zigzag-5'].images, corrupted(0)[12:])
+  # As the archive unpacks, and with labels of another kind.
+  cifar10_c.rename(cifar10_c.parent / corruptions.FOLDER)
+  labels = np.tile(np.array([7, 0, 9], np.uint8), 5)
+  np.save(cifar10_c.parent / corruptions.FOLDER / 'labels.npy', labels)
+  again = data.load_corruptions(str(cifar10_c.parent))
+  assert list(again) == list(splits)
+  for name, split in splits.items():
+    for x, y in zip(again[name], split, strict=True):
+      np.testing.assert_array_equal(x, y)
+      assert x.dtype == y.dtype
+
+
+def test_corruptions_have_their_official_names():
+  assert len(set(corruptions.BENCHMARK)) == 15
+  assert len(set(corruptions.BENCHMARK + corruptions.EXTRA)) == 19
+  assert corruptions.BENCHMARK[::7] == (
+    *('gaussian_noise', 'snow', 'jpeg_compression'),
+  )
+
+
+def test_corruptions_stay_on_the_disk(cifar10_c):
+  splits = data.load_corruptions(str(cifar10_c))
+  one, other = splits['fog-1'].images, splits['fog-2'].images
+  assert type(one) is np.ndarray and not one.flags.writeable
+  while isinstance(one.base, np.ndarray):
+    one = one.base
+  while isinstance(other.base, np.ndarray):
+    other = other.base
+  assert type(one) is np.memmap and one is other
+
+
+def _save(name, array):
+  return lambda folder: np.save(folder / f'{name}.npy', array)
+
+
+def _labels(**changed):
+  """Official-looking labels, but for `changed`: at3=10 sets that at 3."""
+  labels = np.tile([7, 0, 9], 5)
+  for place, label in changed.items():
+    labels[int(place.removeprefix('at'))] = label
+  return _save('labels', labels)
+
+
+def _shorten(name, size):
+  def shorten(folder):
+    path = folder / f'{name}.npy'
+    path.write_bytes(path.read_bytes()[:size])
+
+  return shorten
+
+
+def _header(text):
+  def write(folder):
+    header = text.ljust(117).encode() + b'\n'
+    start = b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little')
+    (folder / 'fog.npy').write_bytes(start + header + bytes(100))
+
+  return write
+
+
+def _archive(folder):
+  with (folder / 'fog.npy').open('wb') as file:
+    np.savez(file, fog=corrupted(2))
+
+
+def _objects(folder):
+  # Unpickled, it would run a command.
+  class Trap:
+    def __reduce__(self):
+      return (Path.touch, (folder / 'trapped',))
+
+  np.save(folder / 'fog.npy', np.array([Trap()] * 15), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+  ('break_it', 'message'),
+  [
+    (
+      lambda f: f.rename(f.parent / 'elsewhere'),
+      r'corrupted does not exist; wanted the folder with labels.npy',
+    ),
+    (
+      lambda f: (f / 'labels.npy').unlink(),
+      r'labels.npy not found; wanted the folder with labels.npy',
+    ),
+    (
+      lambda f: [p.unlink() for p in f.glob('*[!s].npy')],
+      r'corrupted has no corruption beside labels.npy; wanted the folder',
+    ),
+    (
+      _save('labels', np.tile([7.0, 0.0, 9.0], 5)),
+      r'labels.npy is float64 \[15\]; wanted integers, one an image',
+    ),
+    (
+      _save('labels', np.zeros((15, 1), int)),
+      r'labels.npy is int64 \[15, 1\]; wanted integers, one an image',
+    ),
+    (
+      _save('labels', np.tile([7, 0, 9], 4)),
+      r'labels.npy is int64 \[12\]; wanted .* a positive multiple of 5',
+    ),
+    (
+      _labels(at4=10),
+      r'labels.npy has label 10 at 4 \(from 0\); wanted 0..9',
+    ),
+    (_labels(at2=-1), r'labels.npy has label -1 at 2 \(from 0\); wanted 0..9'),
+    (
+      _labels(at10=3),
+      r'labels.npy has label 3 at 10 and 0 at 1 \(from 0\); '
+      r'wanted the same 3 labels 5 times',
+    ),
+    (
+      _save('fog', corrupted(2).astype(np.float32)),
+      r'fog.npy is float32 \[15, 32, 32, 3\]; wanted uint8 \[15, 32, 32, 3\]',
+    ),
+    (
+      _save('fog', corrupted(2).transpose(0, 3, 1, 2)),
+      r'fog.npy is uint8 \[15, 3, 32, 32\]; wanted uint8 \[15, 32, 32, 3\]',
+    ),
+    (
+      _save('zigzag', corrupted(2, 20)),
+      r'zigzag.npy is uint8 \[20, 32, 32, 3\]; wanted uint8 '
+      r'\[15, 32, 32, 3\], as many as labels.npy has',
+    ),
+    (
+      _shorten('fog', -1),
+      r'fog.npy cannot be read \(mmap length is greater than file size\); '
+      r'wanted a whole .npy file of numbers',
+    ),
+    (_shorten('fog', 9), r'fog.npy cannot be read \(EOF: reading array header'),
+    (_shorten('fog', 0), r'fog.npy cannot be read \(not a NumPy array\)'),
+    (_shorten('labels', 100), r'labels.npy cannot be read \(EOF: reading'),
+    (
+      lambda f: (f / 'fog.npy').write_bytes(b'<html>Please log in</html>'),
+      r'fog.npy cannot be read \(not a NumPy array\); wanted a whole .npy',
+    ),
+    (
+      lambda f: (f / 'fog.npy').unlink() or (f / 'fog.npy').mkdir(),
+      r'fog.npy cannot be read \(.*Is a directory',
+    ),
+    (
+      _header("{'descr': '|u1', 'fortran_order': False, 'shape': (-15, 3)}"),
+      r'fog.npy cannot be read',
+    ),
+    (_header('{'), r'fog.npy cannot be read'),
+    (_archive, r'fog.npy cannot be read \(not a NumPy array\)'),
+    (
+      _objects,
+      r"fog.npy cannot be read \(Array can't be memory-mapped: Python objects",
+    ),
+  ],
+)
+def test_bad_corruptions(cifar10_c, break_it, message):
+  break_it(cifar10_c)
+  says(message, data.load_corruptions, str(cifar10_c))
+  says(message, corruptions.check, str(cifar10_c))
+  assert not (cifar10_c / 'trapped').exists()
 
 
 # ------------------------------------------------------------- tfds and archive

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 
 from rocl_jax import figures, report
 from rocl_jax.errors import UserError
+from rocl_jax.report.text import eps_text
+from rocl_jax.report.training import published_curves, spearman
 
 LAYERS = {
   'encoder/stem/kernel': {'size': 1728, 'kept': 173},
@@ -104,13 +107,16 @@ def make_workdir(work, dataset='digits', epochs=6):
       for selection in ('last', 'best_validation', 'best_test'):
         new = record(run, stage, top - k, robust - k, selection=selection)
         records.append(new | {'dataset': dataset})
+      clean = random.random((4, 8, 8, 3)).round(3)
+      adversarial = clean + random.choice([-0.1, 0, 0.1], clean.shape)
+      adversarial = adversarial.clip(0, 1).round(4)
       images = [
         {
           'label': i,
           'clean_prediction': i,
           'adversarial_prediction': i if i % 3 else (i + 5) % 10,
-          'clean': random.random((8, 8, 3)).round(3).tolist(),
-          'adversarial': random.random((8, 8, 3)).round(3).tolist(),
+          'clean': clean[i].tolist(),
+          'adversarial': adversarial[i].tolist(),
         }
         for i in range(4)
       ]
@@ -125,6 +131,113 @@ def make_workdir(work, dataset='digits', epochs=6):
       write_json(folder / 'examples.json', shown)
   write_json(work / 'results.json', records)
   return work
+
+
+def make_evaluation(work, classes=10):
+  """What evaluations add to a finished run: four more kinds of file."""
+  random = np.random.default_rng(1)
+  names = [f'class {k}' for k in range(classes)]
+  counts = random.integers(0, 3, (classes, classes))
+  counts += np.diag(np.arange(10, 10 + classes))
+  # Nothing is known of the first class; the second is the worst.
+  counts[0] = 0
+  counts[1] = counts[1, ::-1]
+  n = counts.sum(axis=1)
+  robust = [None] + (100 * counts.diagonal()[1:] / n[1:]).round(2).tolist()
+  by_class = {
+    'class_names': names,
+    'confusion': counts.tolist(),
+    'per_class': {
+      'n': n.tolist(),
+      'clean_top1': [None, *[95.5] * (classes - 1)],
+      'robust_top1': robust,
+    },
+  }
+  members = [
+    {
+      'attack': name,
+      'algorithm': name.split('-')[0],
+      'norm': 'linf',
+      'eps': 0.1,
+      'steps': 100,
+      'robust_top1': after,
+    }
+    for name, after in (('apgd-ce', 66.0), ('apgd-t', 64.5), ('square', 64.25))
+  ]
+  ensemble = {'attack': 'autoattack', 'members': members, 'everyone': False}
+  left_out = ('steps', 'step_size', 'start', 'restarts', 'robust_top5')
+  strongest = record('ours', 'finetune', 88.0, 64.25, **ensemble) | by_class
+  records = [
+    {k: v for k, v in strongest.items() if k not in left_out},
+    record('ours', 'finetune', 88.0, 88.0, attack='clean', eps=None, norm=None),
+  ]
+  for i, name in enumerate(('fog', 'gaussian_noise')):
+    for severity in range(1, 6):
+      top = 90.0 - 10 * severity - i
+      foggy = {'corruption': name, 'severity': severity}
+      foggy |= {'split': f'{name}-{severity}', 'attack': 'clean'}
+      records.append(record('ours', 'finetune', top, top, **foggy))
+  del records[-1]
+  write_json(work / '4_finetune' / 'results.json', records)
+  radii = [0, 0.025, 0.05, 0.1, 0.2, 1.0]
+  audits = []
+  for run, stage, top in (
+    ('ours', 'finetune', 88.0),
+    ('ours', 'prune', 84.0),
+    ('natural', 'finetune', 94.0),
+  ):
+    slope = 40 if run == 'natural' else 4
+    checks = [
+      {
+        'check': f'more {what} break more',
+        'passed': what != 'steps' or run != 'natural',
+        'found': 'accuracy 1.2 higher at 100 steps than at 10',
+        'wanted': 'at most 0.5 higher',
+      }
+      for what in ('radius', 'steps', 'restarts')
+    ]
+    curves = {
+      'eps': [
+        {'eps': eps, 'robust_top1': round(top * math.exp(-slope * eps**1.2), 2)}
+        for eps in radii
+      ],
+      'steps': [
+        {'steps': steps, 'robust_top1': round(top * (0.7 + 0.2 / steps), 2)}
+        for steps in (1, 2, 5, 10, 20, 50, 100, 1000)
+      ],
+      'restarts': [
+        {'restarts': 1, 'robust_top1': 62.5},
+        {'restarts': 5, 'robust_top1': 62.25},
+      ],
+    }
+    what = record(run, stage, 0, 0, attack='pgd10')
+    kept = ('run', 'stage', 'selection', 'split', 'attack', 'norm', 'eps', 'n')
+    audit = {k: what[k] for k in kept}
+    audits.append(audit | {'checks': checks, 'curves': curves})
+  write_json(work / '4_finetune' / 'audit.json', audits[0])
+  write_json(work / 'audit.json', audits[1:])
+  models = ['ours, finetune', 'ours, supervised', 'natural, finetune']
+  transfers = []
+  for i, source in enumerate(models):
+    for j, target in enumerate([*models, 'ours, finetune']):
+      transfers.append(
+        {
+          'source': {'run': 'x', 'stage': 'y', 'fingerprint': f'{i}'},
+          'target': {'run': 'x', 'stage': 'y', 'fingerprint': f'{j % 3}'},
+          'source_name': source,
+          'target_name': target,
+          'attack': 'pgd10',
+          'norm': 'linf',
+          'eps': 0.1,
+          'n': 360,
+          'split': 'test',
+          'clean_top1': 88.0 + j,
+          'robust_top1': 64.0 if i == j else 80.0 + i - j,
+          'white_box': i == j % 3,
+          'masked': j < 3,
+        }
+      )
+  write_json(work / 'transfer.json', transfers)
 
 
 def test_table_of_two_records(tmp_path):
@@ -181,7 +294,7 @@ def test_whole_report(tmp_path):
 def test_published_curves_stand_beside_a_cifar_run(tmp_path):
   make_workdir(tmp_path, 'cifar10', epochs=25)
   # As the published run: its own curve correlates perfectly with itself.
-  stage = report.published_curves()['runs']['ours']['stages']['finetune']
+  stage = published_curves()['runs']['ours']['stages']['finetune']
   rows = zip(stage['epoch'], stage['loss'], strict=True)
   lines = [json.dumps({'epoch': e, 'loss': x}) for e, x in rows if e]
   (tmp_path / '4_finetune' / 'metrics.jsonl').write_text('\n'.join(lines))
@@ -234,6 +347,98 @@ def test_a_run_in_progress(tmp_path):
     report.write(str(tmp_path))
 
 
+def test_what_an_evaluation_adds(tmp_path):
+  make_workdir(tmp_path)
+  make_evaluation(tmp_path)
+  report.write(str(tmp_path))
+  text = (tmp_path / 'report.md').read_text()
+  pictures = ('security', 'confusion', 'transfer')
+  assert all(f'(figures/{name}.png)' in text for name in pictures)
+  sections = re.split('\n## ', text)
+  main = next(s for s in sections if s.startswith('Results'))
+  part = {s.partition('\n')[0]: s for s in sections}
+
+  # The main table still compares what most models have.
+  assert 'attack: pgd10' in main and 'autoattack' not in main
+  assert '| ours | finetune | 90 | 88.00 | 99.00 | 70.00 |' in main
+  # A failed check is told at the top, and in full; the others in a line.
+  assert '**✗ Failed checks of the attack: 1 (natural, finetune)' in sections[0]
+  audit = part['Audit of the attack']
+  assert '**✗ 1 of 3 checks failed: run natural, stage finetune' in audit
+  assert '| ✗ **more steps break more** | accuracy 1.2 higher' in audit
+  assert audit.count('✓ 3 of 3 checks passed') == 2
+  assert '| restarts | 1: 62.50, 5: 62.25 |' in audit
+  # Each attack of the ensemble, and what was left after it.
+  ensemble = part['Attack by attack']
+  assert '| 360 | 88.00 | 66.00 | 64.50 | 64.25 |' in ensemble
+  assert '`apgd-t`: apgd, linf, eps 0.1, steps 100' in ensemble
+  assert 'count as broken at once' in ensemble
+  # Classes: of the strongest evaluation, the main run's last model.
+  classes = part['Class by class']
+  assert classes.startswith(
+    'Class by class\n\nrun ours, stage finetune, selection last: autoattack '
+    '(linf, eps 0.1), 360 test images.'
+  )
+  assert '| class 0 | 0 | – | – | – |' in classes
+  # Corruptions: a mean only where nothing is missing.
+  corruptions = part['Common corruptions']
+  assert (
+    '| fog | 80.00 | 70.00 | 60.00 | 50.00 | 40.00 | 60.00 |\n'
+    '| gaussian_noise | 79.00 | 69.00 | 59.00 | 49.00 | – | – |\n'
+    '| **mean** | 79.50 | 69.50 | 59.50 | 49.50 | – | – |'
+  ) in corruptions
+  other = part['Other evaluations']
+  assert 'fog' not in other and 'autoattack' in other
+  # Without attack nothing is robust.
+  assert '| clean (no attack) | 360 | 88.00 | 99.00 | – | – |' in other
+  # What was scored without its mask is called so.
+  transfer = part['Transfer']
+  assert '**“mask left out”: the dense weights' in transfer
+  assert (
+    '| ours, supervised | ours, finetune, mask left out |  | 91.00 | 78.00 |'
+    in transfer
+  )
+  assert '| ours, finetune | ours, finetune | white box | 88.00 |' in transfer
+  assert transfer.count('| white box |') == 3
+  assert '| common corruptions |' in part['Protocol']
+
+  before = (tmp_path / 'report.md').read_bytes()
+  report.write(str(tmp_path))
+  assert (tmp_path / 'report.md').read_bytes() == before
+
+
+def test_an_evaluation_alone_and_many_classes(tmp_path):
+  make_evaluation(tmp_path / 'deep' / 'down', classes=30)
+  transfers = tmp_path / 'deep' / 'down' / 'transfer.json'
+  write_json(transfers, json.loads(transfers.read_text())[:2])
+  report.write(str(tmp_path))
+  text = (tmp_path / 'report.md').read_text()
+  classes = text.split('The 10 worst of 30 classes:')[1].split('![')[0]
+  assert classes.count('\n| class ') == 11  # and the header
+  assert classes.index('| class 1 |') < 120 and '| class 0 |' not in classes
+  # A single source needs no matrix.
+  assert '## Transfer' in text and 'transfer.png' not in text
+  (tmp_path / 'deep' / 'down' / '4_finetune' / 'results.json').unlink()
+  report.write(str(tmp_path))
+  text = (tmp_path / 'report.md').read_text()
+  assert '## Audit' in text and 'Class by class' not in text
+
+
+def test_table_of_an_evaluation():
+  members = [{'attack': 'apgd-ce', 'robust_top1': 66.0}]
+  ensemble = record('ours', 'prune', 88.0, 64.0, attack='aa', members=members)
+  del ensemble['robust_top5']
+  clean = record('ours', 'prune', 88.0, 88.0, attack='clean')
+  assert report.evaluation_table([ensemble, clean]).splitlines()[2:] == [
+    'ours  prune  last       test   360  aa (linf, eps 0.1)          90        '
+    '88.00        99.00         64.00             –',
+    '                                      apgd-ce                             '
+    '                           66.00',
+    'ours  prune  last       test   360  clean (no attack)           90        '
+    '88.00        99.00             –             –',
+  ]
+
+
 def test_mistakes_are_told_with_the_file(tmp_path):
   with pytest.raises(UserError, match='nothing to report; looked for results'):
     report.write(str(tmp_path))
@@ -249,6 +454,50 @@ def test_mistakes_are_told_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+  'name, change, message',
+  [
+    ('results.json', {'n': '360'}, "record 0: 'n' may not be '360'"),
+    ('results.json', {'eps': [0.1]}, "record 0: 'eps' may not be"),
+    ('results.json', {'corruption': 'fog'}, "record 0 has no 'severity'"),
+    ('results.json', {'members': [{}]}, "members: member 0 has no 'attack'"),
+    ('results.json', {'confusion': [[1], [2]]}, 'confusion: expected K rows'),
+    ('results.json', {'class_names': ['a']}, 'different numbers of classes'),
+    ('results.json', {'per_class': {}}, "per_class has no 'n'"),
+    ('audit.json', {'n': None}, "audit 0: 'n' may not be None"),
+    ('audit.json', {'checks': [{'check': 'x'}]}, "check 0 has no 'passed'"),
+    ('audit.json', {'curves': {'eps': [{}]}}, "eps: point 0 has no 'eps'"),
+    ('audit.json', {'curves': []}, 'curves is not a JSON object'),
+    ('transfer.json', {'masked': 1}, "record 0: 'masked' may not be 1"),
+    ('transfer.json', {'source': 'x'}, "record 0: 'source' may not be 'x'"),
+    ('examples.json', {'images': [{}]}, "images: image 0 has no 'label'"),
+    ('examples.json', {'eps': 'x'}, "'eps' may not be 'x'"),
+    ('examples.json', 'pixels', 'image 0: expected two of H x W x 3 numbers'),
+  ],
+)
+def test_broken_evaluations_are_told_with_the_file(
+  tmp_path, name, change, message
+):
+  make_evaluation(tmp_path)
+  grey = [[[0.5] * 3] * 2] * 2
+  classes = {'label': 1, 'clean_prediction': 1, 'adversarial_prediction': 0}
+  image = classes | {'clean': grey, 'adversarial': grey}
+  examples = {'eps': 0.1, 'class_names': ['a', 'b'], 'images': [image]}
+  write_json(tmp_path / '4_finetune' / 'examples.json', examples)
+  path = tmp_path / ('' if name == 'transfer.json' else '4_finetune') / name
+  value = json.loads(path.read_text())
+  broken = value[0] if isinstance(value, list) else value
+  if change == 'pixels':
+    broken['images'][0]['clean'][0] = [1.0]
+  else:
+    broken |= change
+  write_json(path, value)
+  with pytest.raises(UserError) as caught:
+    report.write(str(tmp_path))
+  assert str(caught.value).startswith(f'{path}: ')
+  assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
   'eps, text',
   [
     (8 / 255, '0.03137 = 8/255'),
@@ -259,15 +508,15 @@ def test_mistakes_are_told_with_the_file(tmp_path):
   ],
 )
 def test_eps_is_a_fraction_only_when_it_is_one(eps, text):
-  assert report.eps_text(eps) == text
+  assert eps_text(eps) == text
 
 
 def test_spearman():
-  assert report.spearman([1, 2, 3, 9], [2, 4, 5, 6]) == pytest.approx(1)
+  assert spearman([1, 2, 3, 9], [2, 4, 5, 6]) == pytest.approx(1)
   # Ties share a rank: 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
   expected = np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1]
-  assert report.spearman([1, 5, 5, 7], [1, 3, 2, 4]) == pytest.approx(expected)
-  assert math.isnan(report.spearman([1, 1, 1], [1, 2, 3]))
+  assert spearman([1, 5, 5, 7], [1, 3, 2, 4]) == pytest.approx(expected)
+  assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
 
 
 def test_every_picture_is_a_figure_with_its_panels():
@@ -275,13 +524,21 @@ def test_every_picture_is_a_figure_with_its_panels():
   blank = [math.nan] * 2
   bare = figures.Curve('mine', [1, 2], [2.0, 1.0], blank, blank)
   example = figures.Example(3, 3, 8, np.zeros((8, 8, 3)), np.ones((8, 8, 3)))
+  steps = ([1, 10], [80, 70])
+  strong = figures.SecurityCurve('a', 'a', 0.1, '0.1', ([0, 1], [9, 0]), steps)
+  weak = figures.SecurityCurve('b', 'b', None, '–', ([], []), ([], []))
   pictures = [
     (figures.curves({'pretrain': [bare], 'prune': [curve, bare]}), 4),
     # A twin axis for each loss.
     (figures.against_published({'prune': (curve, curve)}, 'test', 'x'), 3),
-    (figures.examples([example] * 5, ['a'] * 3, 'x'), 10),
+    (figures.examples([example] * 5, ['a'] * 3, 'x'), 15),
     (figures.results([figures.Result('ours', 'prune', 0.9, 90, 70)], 'x'), 1),
     (figures.density({'stem': (100, 10), 'empty': (10, 0)}, 'x'), 2),
+    (figures.security([strong, strong], 'x'), 2),
+    (figures.security([weak], 'x'), 2),
+    (figures.confusion(np.eye(3), ['a', 'b', 'c'], 'x'), 1),
+    (figures.confusion(np.zeros((30, 30)), ['a'] * 30, 'x', numbers=False), 1),
+    (figures.transfer(['a', 'b'], ['a'], {('a', 'a'): (9, True)}, {}, 'x'), 1),
     (figures.overview([('prune', 'masks', 'scores', 'weights')] * 4), 1),
   ]
   for figure, panels in pictures:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rocl_jax.attacks.balls import BALLS
+from rocl_jax.attacks.balls import BALLS, draw
 
 STARTS = ('none', 'uniform', 'uniform_clipped', 'gaussian')
 GAUSSIAN_START = 0.001  # standard deviation, of TRADES's published start
@@ -33,7 +33,7 @@ def pgd(
   Args:
     objective: images -> [N], larger is worse for the defender.
     images: [N, H, W, C] in [0, 1], the centres of the balls.
-    key: PRNG key of the start.
+    key: PRNG key of the start, or one for each image [N].
     eps: radius of the ball, in units of the images.
     step_size: length of a step in the ball's norm.
     steps: number of gradient steps.
@@ -66,8 +66,9 @@ def start_noise(
   if start == 'none':
     return jnp.zeros(shape)
   if start == 'gaussian':
-    return GAUSSIAN_START * jax.random.normal(key, shape)
-  return BALLS[norm].sample(key, shape, eps)
+    normal = lambda key, shape, scale: scale * jax.random.normal(key, shape)
+    return draw(normal, key, shape, GAUSSIAN_START)
+  return draw(BALLS[norm].sample, key, shape, eps)
 
 
 def ascend(
@@ -88,4 +89,5 @@ def ascend(
   def step(_, x):
     return inside(x + step_size * ball.steepest(gradient(x)))
 
-  return lax.fori_loop(0, steps, step, inside(first) if steps == 0 else first)
+  first = jnp.where(steps == 0, inside(first), first)
+  return lax.fori_loop(0, steps, step, first)

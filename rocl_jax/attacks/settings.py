@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from rocl_jax.attacks import ATTACKS
-from rocl_jax.attacks.balls import BALLS
+from rocl_jax.attacks.balls import check_ball
 from rocl_jax.attacks.pgd import STARTS
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, at_least, bind, one_of
@@ -55,14 +55,9 @@ class AttackSettings:
 
 def _check(keywords: Mapping[str, Any]) -> None:
   """Checks the keywords whose meaning all attacks share."""
-  if 'norm' in keywords:
-    one_of('norm', keywords['norm'], BALLS)
+  check_ball(keywords.get('eps', 0), keywords.get('norm', 'linf'))
   if 'start' in keywords:
     one_of('start', keywords['start'], STARTS)
-  for field in ('eps', 'step_size', 'steps'):
+  for field in ('step_size', 'steps'):
     if field in keywords:
       at_least(field, keywords[field], 0)
-  eps = keywords.get('eps', 0)
-  if keywords.get('norm', 'linf') == 'linf' and eps > 1:
-    wanted = 'a radius in [0, 1], the range of the pixels'
-    raise FieldError('eps', eps, f'{wanted} (did you mean {eps:g}/255?)')

@@ -17,7 +17,6 @@ startup    from process start to first step, without and with the cache
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -99,9 +98,6 @@ def _check_peers(section):
 
 
 if __name__ == '__main__':
-  # Threads that wait for their next piece of work must not keep others from
-  # theirs: PyTorch's would spin on after its turn. Waking them costs it some.
-  os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
   command.define_config()
   flags.DEFINE_bool('peers', False, 'Measure others, too.')
   flags.DEFINE_string('out', 'runs/benchmark', 'Folder of what is written.')

@@ -2,12 +2,19 @@
 
 What else the machine does then hits every job alike. Compilation and the first
 call are not in the times.
+
+A job's threads may spin on for a while after its turn, waiting for more work:
+OpenMP's for up to 0.2 s. Each job's turn starts after a pause in which those of
+the last one fall asleep, so that none slows the next, and each keeps the
+waiting that its library chose.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+SETTLE = 0.3  # seconds
 
 Job = Callable[[], Any]  # runs once and waits for its own result
 
@@ -23,6 +30,7 @@ def interleave(
   for number in range(rounds):
     progress(f'round {number + 1} of {rounds}')
     for name, job in jobs.items():
+      time.sleep(SETTLE)
       start = time.perf_counter()
       job()
       seconds[name].append(time.perf_counter() - start)

@@ -9,17 +9,34 @@
 | `binary` | the folder of CIFAR-10's official binary version |
 | `folder` | a folder with train/<class>/ and test/<class>/ images |
 | `digits` | not used: scikit-learn's digits, 8x8 pixels |
+
+Images to evaluate on, and not to train on:
+
+    splits = load_corruptions('CIFAR-10-C')
+    splits['fog-5'].images  # uint8 [10000, 32, 32, 3]
+
+| function | directory |
+|---|---|
+| `load_corruptions` | the folder of CIFAR-10-C: labels.npy, fog.npy, ... |
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from rocl_jax.data import binary, digits, folder, tfds
+from rocl_jax.data import binary, corruptions, digits, folder, tfds
 from rocl_jax.data.records import Dataset, RawDataset, Split, validate
 from rocl_jax.errors import UserError, nearest
 
-__all__ = ['SOURCES', 'Dataset', 'RawDataset', 'Split', 'check', 'load']
+__all__ = [
+  'SOURCES',
+  'Dataset',
+  'RawDataset',
+  'Split',
+  'check',
+  'load',
+  'load_corruptions',
+]
 
 SOURCES: dict[str, Callable[[str], RawDataset]] = {
   'tfds': tfds.read,
@@ -83,6 +100,20 @@ def load(source: str, directory: str, validation: int) -> Dataset:
   validate(raw)
   train, held_out = _hold_out(raw.train, validation)
   return Dataset(raw.name, train, held_out, raw.test, raw.class_names)
+
+
+def load_corruptions(directory: str) -> dict[str, Split]:
+  """Returns CIFAR-10-C as splits 'gaussian_noise-1' .. 'jpeg_compression-5'.
+
+  Args:
+    directory: the folder with `labels.npy` and `<corruption>.npy` files; see
+      `rocl_jax.data.corruptions`.
+
+  Raises:
+    UserError: a file is missing, damaged or of the wrong kind, or the labels
+      are not those of five severities of the same images.
+  """
+  return corruptions.read(directory)
 
 
 def _hold_out(train: Split, validation: int) -> tuple[Split, Split]:

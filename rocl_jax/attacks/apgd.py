@@ -1,0 +1,221 @@
+"""Auto-PGD (Croce and Hein 2020): gradient ascent that sets its own steps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rocl_jax import losses
+from rocl_jax.attacks.balls import BALLS, check_ball, draw
+from rocl_jax.attacks.classifier import ClassifierAttack, fold, ranked_class
+from rocl_jax.settings import FieldError, at_least, one_of
+
+LOSSES = {'ce': losses.cross_entropy, 'dlr': losses.dlr}
+_MOMENTUM = 0.25  # the share of the last displacement in the next
+_ENOUGH_UPS = 0.75  # of a window's steps must have raised the loss
+
+
+def apgd(
+  *,
+  eps: float,
+  steps: int = 100,
+  loss: str = 'ce',
+  targets: int = 0,
+  norm: str = 'linf',
+  restarts: int = 1,
+  samples: int = 1,
+) -> ClassifierAttack:
+  """APGD on the cross-entropy or the difference-of-logits ratio.
+
+  The step starts at 2 eps and halves, from the best point so far, at
+  checkpoints up to which too few steps have raised the loss, or since which
+  the best has not changed. As the official code: one step keeps a quarter of
+  the displacement before it; the last point that fooled the network counts.
+
+  Args:
+    eps: radius.
+    steps: gradient steps a turn.
+    loss: 'ce' or 'dlr'.
+    targets: 0, or the number of classes to push towards with the targeted
+      ratio: the ones ranked next to the label on the clean image, a turn each.
+    norm: 'linf' or 'l2'.
+    restarts: turns from different starts where there are no targets.
+    samples: gradients to average at each point, for networks that draw random
+      numbers: their logits function then takes (images, key).
+  """
+  check_ball(eps, norm)
+  one_of('loss', loss, LOSSES)
+  at_least('steps', steps, 1)
+  at_least('targets', targets, 0)
+  at_least('restarts', restarts, 1)
+  at_least('samples', samples, 1)
+  if targets and loss != 'dlr':
+    raise FieldError('loss', loss, "'dlr', the loss with targets")
+
+  def run(logits_fn, images, labels, keys, turn):
+    keys = fold(keys, turn)
+    if targets:
+      clean = _last_sample(logits_fn, samples)(images, keys)
+      wanted = ranked_class(clean, turn + 1)
+      values = lambda z: losses.targeted_dlr(z, labels, wanted)
+    else:
+      values = lambda z: LOSSES[loss](z, labels)
+    measure = _measure(logits_fn, values, labels, samples)
+    return _ascend(measure, images, keys, eps=eps, steps=steps, norm=norm)
+
+  passes = 2 * (steps + 1) * samples
+  return ClassifierAttack(targets or restarts, passes, eps, norm, run)
+
+
+class _Point(NamedTuple):
+  """Images, and what the network makes of them.
+
+  Attributes:
+    images: [N, H, W, C].
+    value: the loss [N].
+    gradient: [N, H, W, C].
+  """
+
+  images: jax.Array
+  value: jax.Array
+  gradient: jax.Array
+
+
+class _State(NamedTuple):
+  """Attributes:
+  step: steps done.
+  here: where the next step starts.
+  before: the point that the last step started from, images alone.
+  last_value: the loss at the last iterate.
+  best: the point of highest loss.
+  adversarial: the last images that fooled the network.
+  fooled: whether there are any [N].
+  step_size: [N].
+  ups: steps of this window that raised the loss [N].
+  reduced: whether the last checkpoint halved the step [N].
+  best_at_check: the best loss at the last checkpoint [N].
+  """
+
+  step: jax.Array
+  here: _Point
+  before: jax.Array
+  last_value: jax.Array
+  best: _Point
+  adversarial: jax.Array
+  fooled: jax.Array
+  step_size: jax.Array
+  ups: jax.Array
+  reduced: jax.Array
+  best_at_check: jax.Array
+
+
+def _ascend(measure, images, keys, *, eps, steps, norm):
+  ball = BALLS[norm]
+  windows = jnp.asarray(_windows(steps))
+  n = len(images)
+  wide = lambda x: x[:, None, None, None]
+  inside = lambda x: jnp.clip(images + ball.project(x - images, eps), 0, 1)
+
+  def advance(state):
+    x, factor = state.here.images, wide(state.step_size)
+    momentum = jnp.where(state.step > 0, _MOMENTUM, 0.0)
+    target = inside(x + factor * ball.steepest(state.here.gradient))
+    moved = (1 - momentum) * (target - x) + momentum * (x - state.before)
+    iterate, fooled = measure(inside(x + moved), fold(keys, state.step + 1))
+    best = _where(iterate.value > state.best.value, iterate, state.best)
+
+    window = windows[state.step]
+    ups = state.ups + (iterate.value > state.last_value)
+    stuck = ~state.reduced & (state.best_at_check >= best.value)
+    reduce = (window > 0) & ((ups <= _ENOUGH_UPS * window) | stuck)
+    at_check = lambda new, old: jnp.where(window > 0, new, old)
+    return _State(
+      step=state.step + 1,
+      here=_where(reduce, best, iterate),
+      before=x,
+      last_value=iterate.value,
+      best=best,
+      adversarial=jnp.where(wide(fooled), iterate.images, state.adversarial),
+      fooled=state.fooled | fooled,
+      step_size=jnp.where(reduce, state.step_size / 2, state.step_size),
+      ups=at_check(0, ups),
+      reduced=at_check(reduce, state.reduced),
+      best_at_check=at_check(best.value, state.best_at_check),
+    )
+
+  start = images + draw(ball.surface, keys, images.shape, eps)
+  first, fooled = measure(jnp.clip(start, 0, 1), keys)
+  state = _State(
+    step=jnp.int32(0),
+    here=first,
+    before=first.images,
+    # Not the first value: the official code looks one entry before its list,
+    # where a zero stands.
+    last_value=jnp.zeros(n),
+    best=first,
+    adversarial=first.images,
+    fooled=fooled,
+    step_size=jnp.full(n, 2.0 * eps),
+    ups=jnp.zeros(n, jnp.int32),
+    reduced=jnp.ones(n, bool),
+    best_at_check=first.value,
+  )
+  going = lambda state: (state.step < steps) & ~state.fooled.all()
+  state = lax.while_loop(going, advance, state)
+  return jnp.where(wide(state.fooled), state.adversarial, state.best.images)
+
+
+def _measure(logits_fn, values, labels, samples):
+  """(images, keys) -> _Point, and whether the network is fooled there [N]."""
+  one = logits_fn if samples > 1 else lambda x, _: logits_fn(x)
+
+  def total(images, key):
+    logits = one(images, key)
+    value = values(logits)
+    return value.sum(), (value, logits.argmax(-1) != labels)
+
+  gradient_of = jax.grad(total, has_aux=True)
+
+  def measure(images, keys):
+    if samples == 1:
+      gradient, (value, fooled) = gradient_of(images, None)
+      return _Point(images, value, gradient), fooled
+
+    def add(i, carry):
+      gradient, aux = gradient_of(images, jax.random.fold_in(keys[0], i))
+      return carry[0] + gradient, aux
+
+    first = gradient_of(images, jax.random.fold_in(keys[0], 0))
+    gradient, (value, fooled) = lax.fori_loop(1, samples, add, first)
+    return _Point(images, value, gradient / samples), fooled
+
+  return measure
+
+
+def _last_sample(logits_fn, samples):
+  if samples > 1:
+    return lambda images, keys: logits_fn(images, keys[0])
+  return lambda images, keys: logits_fn(images)
+
+
+def _where(choose: jax.Array, new: _Point, old: _Point) -> _Point:
+  wide = choose[:, None, None, None]
+  return _Point(
+    images=jnp.where(wide, new.images, old.images),
+    value=jnp.where(choose, new.value, old.value),
+    gradient=jnp.where(wide, new.gradient, old.gradient),
+  )
+
+
+def _windows(steps: int) -> np.ndarray:
+  """At each checkpoint the number of steps since the one before; 0 between."""
+  share = lambda fraction: max(int(fraction * steps), 1)
+  windows = np.zeros(steps, np.int32)
+  length, at = share(0.22), 0
+  while at + length <= steps:
+    at += length
+    windows[at - 1] = length
+    length = max(length - share(0.03), share(0.06))
+  return windows

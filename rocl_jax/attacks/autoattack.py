@@ -1,0 +1,167 @@
+"""AutoAttack (Croce and Hein 2020) on any JAX function of images.
+
+  from rocl_jax.attacks import autoattack
+
+  result = autoattack(logits_fn, images, labels, eps=8 / 255)
+  result.robust.mean()      # robust accuracy
+
+`logits_fn` maps images [N, H, W, C] to logits [N, K] and can be traced: of
+Flax, Equinox, Haiku or plain JAX, in evaluation mode.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rocl_jax.attacks import robustness
+from rocl_jax.attacks.apgd import apgd
+from rocl_jax.attacks.ensemble import Member
+from rocl_jax.attacks.fab import fab
+from rocl_jax.attacks.square import square
+from rocl_jax.settings import FieldError, one_of
+
+VERSIONS = ('standard', 'rand')
+_TARGETS = 9
+
+
+def members(
+  eps: float,
+  norm: str = 'linf',
+  version: str = 'standard',
+  classes: int = 10,
+) -> tuple[Member, ...]:
+  """The attacks of a version, in its order.
+
+  Args:
+    eps: radius.
+    norm: 'linf' or 'l2'.
+    version: 'standard': APGD-CE, targeted APGD-DLR, FAB-T, Square; 'rand', for
+      networks that draw random numbers: APGD-CE and APGD-DLR on the mean of
+      20 gradients.
+    classes: of the network; there are at most 9 target classes.
+  """
+  one_of('version', version, VERSIONS)
+  targets = min(_TARGETS, classes - 1)
+  if version == 'rand':
+    return (
+      ('apgd-ce', apgd(eps=eps, norm=norm, samples=20)),
+      ('apgd-dlr', apgd(eps=eps, norm=norm, loss='dlr', samples=20)),
+    )
+  return (
+    ('apgd-ce', apgd(eps=eps, norm=norm)),
+    ('apgd-t', apgd(eps=eps, norm=norm, loss='dlr', targets=targets)),
+    ('fab-t', fab(eps=eps, norm=norm, targets=targets)),
+    ('square', square(eps=eps, norm=norm)),
+  )
+
+
+class AutoAttackResult(NamedTuple):
+  """Attributes:
+  images: adversarial images float32 [N, H, W, C]: where the network was
+    fooled, by the attack that did; elsewhere the last that was tried.
+  robust: whether the image is classified right and withstood all [N].
+  clean: whether it is classified right without an attack [N].
+  prediction: the class of `images` [N].
+  after: {attack: share of images robust after it}, in the order of attacks.
+  """
+
+  images: np.ndarray
+  robust: np.ndarray
+  clean: np.ndarray
+  prediction: np.ndarray
+  after: dict[str, float]
+
+
+def autoattack(
+  logits_fn: Callable[..., jax.Array],
+  images: Any,
+  labels: Any,
+  *,
+  eps: float,
+  norm: str = 'linf',
+  version: str = 'standard',
+  attacks: Sequence[Member] | None = None,
+  seed: int = 0,
+  batch_size: int = 128,
+  mesh: Mesh | None = None,
+  say: Callable[[str], None] = lambda _: None,
+) -> AutoAttackResult:
+  """Runs AutoAttack; images that the network gets wrong count as broken.
+
+  On CPUs XLA's gradient of a convolution is slow in a loop, as attacks are:
+  `rocl_jax.convolution.conv` in the network is several times faster there.
+
+  Args:
+    logits_fn: images [B, H, W, C] -> logits [B, K]; for `version='rand'`
+      (images, key) -> logits.
+    images: float [N, H, W, C] in [0, 1].
+    labels: int [N].
+    eps: radius, in units of the images: 8 / 255.
+    norm: 'linf' or 'l2'.
+    version: 'standard' or 'rand', see `members`.
+    attacks: (name, attack) pairs instead, of `apgd`, `fab`, `square`.
+    seed: of all random numbers. Each image has its own, whatever the batch.
+    batch_size: images at a time, over all devices.
+    mesh: devices along an axis named `data`; all of this process if not given.
+    say: gets a line after each attack.
+
+  Raises:
+    ValueError: images, labels or arguments of the wrong kind.
+  """
+  images, labels = np.asarray(images), np.asarray(labels)
+  _check(images, labels)
+  if mesh is None:
+    mesh = Mesh(np.array(jax.local_devices()), ('data',))
+  judge = logits_fn
+  if version == 'rand':
+    judge = lambda x: logits_fn(x, jax.random.key(seed))
+  if attacks is None:
+    classes = _classes(judge, images)
+    attacks = members(eps, norm, version, classes)
+  forwards = lambda _: (logits_fn, judge)
+  measure = robustness.build(attacks, forwards, mesh, batch_size)
+  told = 0
+
+  def watch(fates, _):
+    nonlocal told
+    for name, _ in attacks[told : len(fates.after)]:
+      say(f'{name}: {fates.after[told]} of {len(labels)} images are robust')
+      told += 1
+
+  outcome, found = measure(None, images, labels, seed, watch=watch, keep=True)
+  assert found is not None
+  return AutoAttackResult(
+    images=found,
+    robust=np.asarray(outcome.robust_top1),
+    clean=np.asarray(outcome.clean_top1),
+    prediction=np.asarray(outcome.adversarial_prediction),
+    after={
+      name: float(count) / len(labels)
+      for (name, _), count in zip(attacks, outcome.after, strict=True)
+    },
+  )
+
+
+def _classes(logits_fn: Callable[..., jax.Array], images: np.ndarray) -> int:
+  """The number of classes, from shapes alone."""
+  one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+  logits = jax.eval_shape(logits_fn, one)
+  if getattr(logits, 'ndim', 0) != 2 or logits.shape[0] != 1:
+    found = getattr(logits, 'shape', type(logits).__name__)
+    raise FieldError('logits_fn', found, 'logits [N, K] of images [N, ...]')
+  return logits.shape[1]
+
+
+def _check(images: np.ndarray, labels: np.ndarray) -> None:
+  if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
+    found = f'{images.dtype} {images.shape}'
+    raise FieldError('images', found, 'floats [N, H, W, C]')
+  if not len(images) or images.min() < 0 or images.max() > 1:
+    raise FieldError('images', images.shape, 'values in [0, 1]')
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+    found = f'{labels.dtype} {labels.shape}'
+    raise FieldError('labels', found, f'integers [{len(images)}]')

@@ -1,0 +1,385 @@
+"""The files below a work directory, checked as they are read."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rocl_jax.errors import UserError
+from rocl_jax.report.records import (
+  IDENTITY,
+  Record,
+  find_headline,
+  main_split,
+  merge,
+  runs_in_order,
+  stage_order,
+)
+
+STAGE_FOLDER = re.compile(r'(\d+)_(.+)')
+
+MODEL = {'run': str, 'stage': str, 'selection': str, 'split': str}
+NUMBER = (int, float)
+NUMBER_OR_NOT = (int, float, type(None))
+
+# What must agree for two transfers to be the same measurement.
+TRANSFER_IDENTITY = (
+  'source_name',
+  'source_fingerprint',
+  'target_name',
+  'target_fingerprint',
+  'masked',
+  'attack',
+  'norm',
+  'eps',
+  'n',
+  'split',
+)
+
+
+# Checks.
+
+
+def _read_json(path: Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:  # also covers bytes that are not UTF-8
+    raise UserError(f'{path}: not valid JSON: {error}') from error
+
+
+def _read_object(path: Path) -> Record:
+  value = _read_json(path)
+  if not isinstance(value, dict):
+    raise UserError(f'{path}: expected a JSON object')
+  return value
+
+
+def _read_list(path: Path) -> list:
+  value = _read_json(path)
+  if not isinstance(value, list):
+    raise UserError(f'{path}: expected a list of records')
+  return value
+
+
+def _require(where: str, value: Any, fields: Mapping[str, Any]) -> None:
+  """Checks that a value is an object with fields of these types."""
+  if not isinstance(value, dict):
+    raise UserError(f'{where} is not a JSON object')
+  for key, kind in fields.items():
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if key not in value and type(None) not in kinds:
+      raise UserError(f'{where} has no {key!r}')
+    # By exact type: JSON's true and false are integers to isinstance.
+    if type(value.get(key)) not in kinds:
+      raise UserError(f'{where}: {key!r} may not be {value.get(key)!r:.40}')
+
+
+def _require_list(
+  where: str, values: Any, fields: Mapping[str, Any], what: str
+) -> None:
+  if not isinstance(values, list):
+    raise UserError(f'{where}: expected a list of {what}s')
+  for i, value in enumerate(values):
+    _require(f'{where}: {what} {i}', value, fields)
+
+
+# One reader for each kind of file.
+
+
+def _read_results(path: Path) -> list[Record]:
+  records = _read_list(path)
+  for i, record in enumerate(records):
+    where = f'{path}: record {i}'
+    _require(where, record, MODEL)
+    names = ('attack', 'norm', 'corruption')
+    _require(where, record, dict.fromkeys(names, (str, type(None))))
+    numbers = ('eps', 'n', 'sparsity', 'parameters')
+    _require(where, record, dict.fromkeys(numbers, NUMBER_OR_NOT))
+    _require(where, record, {'everyone': (bool, type(None))})
+    if record.get('corruption') is not None:
+      _require(where, record, {'severity': int})
+    if record.get('members') is not None:
+      _require_list(
+        f'{where}: members',
+        record['members'],
+        {'attack': str, 'robust_top1': NUMBER_OR_NOT},
+        'member',
+      )
+    _check_classes(where, record)
+  return records
+
+
+def _check_classes(where: str, record: Record) -> None:
+  """Checks that all there is by class is of the same number of classes."""
+  sizes = {}
+  names = record.get('class_names')
+  if names is not None:
+    if not isinstance(names, list):
+      raise UserError(f'{where}: class_names: expected a list')
+    sizes['class_names'] = len(names)
+  table = record.get('per_class')
+  if table is not None:
+    keys = ('n', 'clean_top1', 'robust_top1')
+    _require(f'{where}: per_class', table, dict.fromkeys(keys, list))
+    for key in keys:
+      if not all(isinstance(x, NUMBER_OR_NOT) for x in table[key]):
+        raise UserError(f'{where}: per_class.{key}: expected numbers')
+      sizes[f'per_class.{key}'] = len(table[key])
+  counts = record.get('confusion')
+  if counts is not None:
+    if not isinstance(counts, list) or not all(
+      isinstance(row, list)
+      and len(row) == len(counts)
+      and all(isinstance(x, NUMBER) for x in row)
+      for row in counts
+    ):
+      raise UserError(f'{where}: confusion: expected K rows of K counts')
+    sizes['confusion'] = len(counts)
+  if len(set(sizes.values())) > 1:
+    found = ', '.join(f'{key} {size}' for key, size in sizes.items())
+    raise UserError(f'{where}: different numbers of classes: {found}')
+
+
+def _read_audit(path: Path) -> list[Record]:
+  """Audits; a file may hold one, or a list of them."""
+  value = _read_json(path)
+  audits = value if isinstance(value, list) else [value]
+  for i, audit in enumerate(audits):
+    where = f'{path}: audit {i}'
+    _require(where, audit, MODEL | {'attack': str, 'n': int})
+    _require(where, audit, {'eps': NUMBER_OR_NOT, 'norm': (str, type(None))})
+    check = {'check': str, 'passed': bool}
+    _require_list(f'{where}: checks', audit.get('checks', []), check, 'check')
+    curves = audit.get('curves', {})
+    _require(f'{where}: curves', curves, {})
+    for name, points in curves.items():
+      wanted = {name: NUMBER, 'robust_top1': NUMBER}
+      _require_list(f'{where}: curves.{name}', points, wanted, 'point')
+  return audits
+
+
+def _read_transfers(path: Path) -> list[Record]:
+  """Transfers, the two fingerprints pulled out of their models."""
+  records = _read_list(path)
+  fields = {
+    'source': dict,
+    'target': dict,
+    'source_name': str,
+    'target_name': str,
+    'attack': str,
+    'split': str,
+    'n': int,
+    'norm': (str, type(None)),
+    'eps': NUMBER_OR_NOT,
+    'clean_top1': NUMBER_OR_NOT,
+    'robust_top1': NUMBER_OR_NOT,
+    'white_box': bool,
+    'masked': bool,
+  }
+  for i, record in enumerate(records):
+    _require(f'{path}: record {i}', record, fields)
+    for side in ('source', 'target'):
+      where = f'{path}: record {i}: {side}'
+      _require(where, record[side], {'fingerprint': (str, type(None))})
+      record[f'{side}_fingerprint'] = record[side].get('fingerprint')
+  return records
+
+
+def _read_examples(path: Path) -> Record:
+  data = _read_object(path)
+  _require(str(path), data, {'eps': NUMBER_OR_NOT})
+  names = data.get('class_names', [])
+  if not isinstance(names, list):
+    raise UserError(f'{path}: class_names: expected a list')
+  classes = ('label', 'clean_prediction', 'adversarial_prediction')
+  pixels = ('clean', 'adversarial')
+  fields = dict.fromkeys(classes, int) | dict.fromkeys(pixels, list)
+  images = data.get('images') or []
+  _require_list(f'{path}: images', images, fields, 'image')
+  for i, image in enumerate(images):
+    shapes = [_shape(image[key]) for key in pixels]
+    if None in shapes or shapes[0] != shapes[1]:
+      raise UserError(f'{path}: image {i}: expected two of H x W x 3 numbers')
+  return data
+
+
+def _shape(pixels: Any) -> tuple[int, int] | None:
+  """Height and width, or None where that is no picture in colour."""
+  try:
+    right = all(
+      len(row) == len(pixels[0])
+      and all(
+        len(pixel) == 3 and all(isinstance(x, NUMBER) for x in pixel)
+        for pixel in row
+      )
+      for row in pixels
+    )
+  except TypeError:
+    return None
+  return (len(pixels), len(pixels[0])) if right and pixels else None
+
+
+def _read_metrics(path: Path) -> list[Record]:
+  """The rows of a metrics file by epoch; a resumed epoch's last row counts."""
+  lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
+  rows = {}
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+      rows[int(row['epoch'])] = row
+    except (ValueError, TypeError, KeyError) as error:
+      # The last line of a run in progress may still be half written.
+      if number == len(lines):
+        break
+      raise UserError(
+        f'{path}, line {number}: not a JSON object with an "epoch"'
+      ) from error
+  return [rows[epoch] for epoch in sorted(rows)]
+
+
+# All of them.
+
+
+def _stage_folders(folder: Path) -> dict[str, Path]:
+  """The `<k>_<stage>` folders, in the order of k."""
+  found = []
+  for path in folder.iterdir():
+    match = STAGE_FOLDER.fullmatch(path.name)
+    if match and path.is_dir():
+      found.append((int(match[1]), match[2], path))
+  return {stage: path for _, stage, path in sorted(found)}
+
+
+def _load(
+  workdir: Path,
+  name: str,
+  read: Callable[[Path], list[Record]],
+  identity: Sequence[str],
+) -> list[Record]:
+  """What all files of a name hold, the newest file's where two agree."""
+  files = sorted(
+    workdir.rglob(name), key=lambda p: (p.stat().st_mtime_ns, str(p))
+  )
+  return merge((read(path) for path in files), identity)
+
+
+def load_results(workdir: Path) -> list[Record]:
+  return _load(workdir, 'results.json', _read_results, IDENTITY)
+
+
+class Workdir:
+  """What was found below a work directory.
+
+  Attributes:
+    records, audits, transfers: what was measured, from all files together.
+    config: the run's, or {}.
+    runs: their names, the main one first.
+    folders: {run: {stage: folder}}, in order.
+    split: the images of the main tables.
+    headline: the evaluation of the main tables, see `find_headline`.
+  """
+
+  def __init__(self, path: Path) -> None:
+    self.path = path
+    if not path.is_dir():
+      raise UserError(f'{path}: no such folder')
+    self.records = load_results(path)
+    self.split = main_split(self.records)
+    self.headline = find_headline(self.records, self.split)
+    config = path / 'config.json'
+    self.config = _read_object(config) if config.is_file() else {}
+    main = _stage_folders(path)
+    others = {
+      folder.name: stages
+      for folder in sorted(path.iterdir())
+      if folder.is_dir()
+      and not STAGE_FOLDER.fullmatch(folder.name)
+      and (stages := _stage_folders(folder))
+    }
+    self.main_run = self._main_run(main, others)
+    # The main run comes first in every table and picture.
+    self.folders = {self.main_run: main} | others
+    self.runs = list(
+      dict.fromkeys([*self.folders, *runs_in_order(self.records)])
+    )
+    audits = _load(path, 'audit.json', _read_audit, IDENTITY)
+    self.audits = sorted(audits, key=self._place)
+    self.transfers = _load(
+      path, 'transfer.json', _read_transfers, TRANSFER_IDENTITY
+    )
+    measured = self.records or self.audits or self.transfers
+    if not (measured or self.config or main or others):
+      raise UserError(
+        f'{path}: nothing to report; looked for results.json, audit.json and '
+        'transfer.json (at any depth), config.json, and stage folders such as '
+        '1_pretrain and natural/1_supervised'
+      )
+
+  def _main_run(
+    self, main: Mapping[str, Path], others: Mapping[str, Any]
+  ) -> str:
+    for folder in main.values():
+      for name in ('model/model.json', 'examples.json'):
+        if (folder / name).is_file():
+          run = _read_object(folder / name).get('run')
+          if isinstance(run, str):
+            return run
+    recorded = [r for r in runs_in_order(self.records) if r not in others]
+    return recorded[0] if recorded else 'ours'
+
+  def metrics(self, run: str, stage: str) -> list[Record]:
+    path = self._file(run, stage, 'metrics.jsonl')
+    return _read_metrics(path) if path else []
+
+  def model(self, run: str, stage: str) -> Record:
+    path = self._file(run, stage, 'model/model.json')
+    return _read_object(path) if path else {}
+
+  def examples(self, run: str, stage: str) -> Record:
+    path = self._file(run, stage, 'examples.json')
+    return _read_examples(path) if path else {}
+
+  def models(self) -> Iterator[Record]:
+    """What is said of each model, the last stage of the main run first."""
+    for run in self.runs:
+      for stage in reversed(self.stages(run)):
+        if model := self.model(run, stage):
+          yield model
+
+  def datasets(self) -> list[str]:
+    names = [r.get('dataset') for r in self.records]
+    names += [model.get('dataset') for model in self.models()]
+    if not any(names):
+      data = self.config.get('data')
+      names = [data.get('source') if isinstance(data, Mapping) else None]
+    return list(dict.fromkeys(str(name) for name in names if name))
+
+  def _file(self, run: str, stage: str, name: str) -> Path | None:
+    folder = self.folders.get(run, {}).get(stage)
+    return folder / name if folder and (folder / name).is_file() else None
+
+  def stages(self, run: str) -> list[str]:
+    """A run's stages in order: its folders, its plan, then its records."""
+    planned = self.config.get('stages') if run == self.main_run else None
+    if not isinstance(planned, list | tuple):
+      planned = []
+    names = [name for name in planned if isinstance(name, str)]
+    names += [name for name in self.folders.get(run, {}) if name not in names]
+    recorded = {r['stage']: 0 for r in self.records if r['run'] == run}
+    return names + [s for s in stage_order(recorded) if s not in names]
+
+  def in_order(self, records: Sequence[Record]) -> list[Record]:
+    """Records by run and stage, as the tables have them."""
+    return sorted(records, key=self._place)
+
+  def _place(self, record: Record) -> tuple:
+    run, stage = record['run'], record['stage']
+    stages = self.stages(run)
+    return (
+      self.runs.index(run) if run in self.runs else len(self.runs),
+      run,
+      stages.index(stage) if stage in stages else len(stages),
+    )

@@ -1,0 +1,192 @@
+"""Networks with a planted defect must not pass; one without must."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rocl_jax import losses
+from rocl_jax.audit import audit, chance, failed, of_records, white_box
+
+N, SIZE, CLASSES = 48, 6, 4
+IMAGES = np.asarray(
+  jax.random.uniform(jax.random.key(0), (N, SIZE, SIZE, 3))
+).round(2)
+WEIGHTS = jax.random.normal(jax.random.key(1), (SIZE * SIZE * 3, 16)) / 4
+HEAD = jax.random.normal(jax.random.key(2), (16, CLASSES))
+EPS = 0.02
+
+
+def features(images):
+  flat = images.reshape(len(images), -1)
+  return jnp.tanh((flat - 0.5) @ WEIGHTS)
+
+
+def sound(images):
+  return features(images) @ HEAD
+
+
+LABELS = np.asarray(sound(IMAGES).argmax(-1))
+
+
+def softmax(images):
+  return jax.nn.softmax(sound(images))
+
+
+def quantised(images):
+  """Rounds its input: almost nowhere a gradient."""
+  return sound(jnp.round(images * 4) / 4)
+
+
+def saturated(images):
+  """A float32 softmax of large logits is exactly 0 and 1."""
+  return jax.nn.softmax(1e3 * sound(images)) * 10
+
+
+def training_batchnorm(images):
+  z = features(images)
+  z = (z - z.mean(0)) / (z.std(0) + 1e-5)
+  return z @ HEAD
+
+
+def dropout(images):
+  """Left on, with the key of the training step that was traced."""
+  z = features(images)
+  keep = jax.random.bernoulli(jax.random.key(0), 0.7, z.shape)
+  return jnp.where(keep, z / 0.7, 0) @ HEAD
+
+
+_RANDOM = np.random.default_rng(0)
+
+
+def noise(images):
+  """Other numbers in each pass."""
+  shape = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+  draw = lambda: _RANDOM.normal(0, 0.05, images.shape).astype(np.float32)
+  return sound(images + jax.pure_callback(draw, shape))
+
+
+def not_finite(images):
+  """The gradient of a square root at 0."""
+  z = sound(images)
+  return z + 1e-6 * jnp.sqrt(jnp.square(z - jax.lax.stop_gradient(z)))
+
+
+def check(logits_fn, attacked=None, **keywords):
+  forwards = lambda _: (attacked or logits_fn, logits_fn)
+  return audit(forwards, None, IMAGES, LABELS, **({'eps': EPS} | keywords))
+
+
+@pytest.mark.parametrize('norm, eps', [('linf', EPS), ('l2', 0.2)])
+def test_a_sound_network_passes(norm, eps):
+  checks, curves = check(sound, norm=norm, eps=eps)
+  assert not failed(checks), failed(checks)
+  by_eps = [point['robust_top1'] for point in curves['eps']]
+  assert by_eps[0] == 100 and 0 < by_eps[4] < 100
+  assert [point['eps'] / eps for point in curves['eps']] == pytest.approx(
+    [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+  )
+  assert [p['steps'] for p in curves['steps']] == [1, 2, 5, 10, 20, 50]
+
+
+@pytest.mark.parametrize(
+  'defect, name',
+  [
+    (softmax, 'logits, not probabilities'),
+    (quantised, 'no gradient of the margin vanishes'),
+    (saturated, 'no gradient of the margin vanishes'),
+    (training_batchnorm, 'an image has the same logits beside other images'),
+    (dropout, 'a permuted batch gives permuted logits'),
+    (noise, 'two passes give the same logits'),
+    (not_finite, 'gradients are finite'),
+  ],
+)
+def test_a_planted_defect_is_caught(defect, name):
+  checks, _ = check(defect)
+  assert name in [c.check for c in failed(checks)]
+  assert all(c.found and c.wanted for c in checks)
+
+
+def test_gradients_of_another_network_are_caught():
+  """A surrogate's gradients do not break the network that judges."""
+  other = functools.partial(jnp.roll, shift=1, axis=-1)
+  names = [c.check for c in failed(check(sound, lambda x: other(sound(x)))[0])]
+  assert 'the attacked network is the judged one' in names
+  # Gradients that lead nowhere: more steps, a larger ball, none at all.
+  stuck = lambda x: sound(jax.lax.stop_gradient(x)) + 0 * x.mean((1, 2))[:, :1]
+  names = [c.check for c in failed(check(sound, stuck)[0])]
+  assert 'an unbounded attack breaks every image' in names
+
+
+def test_robust_accuracy_that_grows_with_the_radius_is_caught():
+  """Beyond a pixel value that no training image has, it is always right."""
+
+  def trap(images):
+    far = jnp.abs(images - jnp.round(images, 2)).max((1, 2, 3))
+    label = jax.nn.one_hot(sound(jnp.round(images, 2)).argmax(-1), CLASSES)
+    return sound(images) + jnp.where(far > 0.004, 1e3, 0.0)[:, None] * label
+
+  names = [c.check for c in failed(check(trap, eps=0.003)[0])]
+  assert any('does not grow' in name or 'unbounded' in name for name in names)
+
+
+def record(**changes):
+  return {
+    'run': 'ours',
+    'stage': 'finetune',
+    'selection': 'last',
+    'split': 'test',
+    'n': 1000,
+    'attack': 'autoattack',
+    'algorithm': 'ensemble',
+    'norm': 'linf',
+    'eps': 0.03,
+    'clean_top1': 80.0,
+    'robust_top1': 44.0,
+    'largest_distance': 0.03,
+    'largest_outside': 0.0,
+    'confusion': [[500, 0], [250, 250]],
+    'members': [
+      {'attack': 'apgd-ce', 'algorithm': 'apgd', 'robust_top1': 46.0},
+      {'attack': 'fab-t', 'algorithm': 'fab', 'robust_top1': 44.1},
+      {'attack': 'square', 'algorithm': 'square', 'robust_top1': 44.0},
+    ],
+  } | changes
+
+
+@pytest.mark.parametrize(
+  'changes, problem',
+  [
+    ({}, None),
+    ({'clean_top1': 40.0}, 'robust accuracy is not above clean'),
+    ({'confusion': [[500, 0], [250, 249]]}, 'each image is counted once'),
+    ({'largest_outside': 1e-3}, 'every adversarial image is in [0, 1]'),
+    ({'largest_distance': 0.0301}, 'every adversarial image is in the ball'),
+    ({'robust_top1': 43.7}, 'Square finds no more than attacks by gradients'),
+  ],
+)
+def test_what_records_say_is_checked(changes, problem):
+  bad = [c.check for c in failed(of_records([record(**changes)]))]
+  assert bad == ([] if problem is None else [f'autoattack on test: {problem}'])
+
+
+def test_an_ensemble_is_no_weaker_than_any_attack():
+  single = {'attack': 'pgd50', 'algorithm': 'pgd', 'members': None}
+  fine = [record(), record(**single, robust_top1=44.5)]
+  assert not failed(of_records(fine))
+  (bad,) = failed(of_records([record(), record(**single, robust_top1=43.0)]))
+  assert bad.check == 'autoattack leaves no more than pgd50'
+  # Of another radius nothing follows.
+  assert not failed(
+    of_records([record(), record(**single, robust_top1=43.0, eps=0.06)])
+  )
+
+
+def test_chance_depends_on_the_number_of_images():
+  assert chance(100) == 2.0 and chance(256) == pytest.approx(0.78, abs=0.01)
+  assert chance(10000) == pytest.approx(0.089, abs=0.001)
+  assert white_box('a', 40.0, 39.95, 10000).passed
+  assert not white_box('a', 40.0, 39.0, 10000).passed
+  assert losses.margin(sound(IMAGES), LABELS).max() < 0
