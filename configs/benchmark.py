@@ -31,5 +31,14 @@ def get_config() -> ConfigDict:
   c.scaling.batch = 64  # of all devices (strong), of each (weak)
   c.scaling.steps = 2
 
+  c.autoattack = ConfigDict()
+  c.autoattack.model = ''  # a model folder; '' for the network of `reference`
+  c.autoattack.reference = 'tests/reference/autoattack.npz'
+  c.autoattack.images = ''
+  c.autoattack.examples = 256
+  c.autoattack.eps = '8/255'
+  c.autoattack.norm = 'linf'
+  c.autoattack.batch_size = 64
+
   c.recipe = cifar10.get_config()
   return c

@@ -142,11 +142,11 @@ def _l2(images, eps, queries, share):
   """Moves the mass of one window into another, as a bump and its negative."""
   n, height, width, channels = images.shape
   by_query = _sizes(queries, share, height, width, smallest=3, odd=True)
-  kinds, kind_of = np.unique(by_query, return_inverse=True)
-  sizes, kind_of = jnp.asarray(by_query), jnp.asarray(kind_of)
+  kinds, kind = np.unique(by_query, return_inverse=True)
+  sizes, kind_of = jnp.asarray(by_query), jnp.asarray(kind)
   padded = np.zeros((len(kinds), height, width), np.float32)
-  for kind, side in enumerate(kinds):
-    padded[kind, :side, :side] = _bump(side)
+  for i, side in enumerate(kinds):
+    padded[i, :side, :side] = _bump(side)
   bumps = jnp.asarray(padded)
   norm = BALLS['l2'].norm
   wide = lambda x: x[:, None, None, None]

@@ -7,6 +7,7 @@ attacks    PGD, the instance-wise attack, training steps and masks (default)
 masks      exact top-k selection against a sort, by layer size
 roofline   FLOPs and bytes per image, by hand and from the compiled program
 scaling    the TRADES step over simulated CPU devices, with its collectives
+autoattack the standard suite beside the official implementation, with [peers]
 startup    from process start to first step, without and with the cache
 
 --peers          beside published loops and attack libraries, in PyTorch:
@@ -27,7 +28,7 @@ from rocl_jax import command
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, one_of
 
-SECTIONS = ('attacks', 'masks', 'roofline', 'scaling', 'startup')
+SECTIONS = ('attacks', 'masks', 'roofline', 'scaling', 'startup', 'autoattack')
 WITH_PEERS = ('attacks', 'masks')
 CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'benchmark.py'
 
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> None:
   except FieldError as e:
     raise UserError(str(e)) from None
   peers = flags.FLAGS.peers
-  if peers:
+  if peers or section == 'autoattack':
     _check_peers(section)
 
   import jax
@@ -80,20 +81,24 @@ def _measure(section, settings, peers, say):
     from rocl_jax.benchmark import scaling
 
     return scaling.measure(settings, say)
+  if section == 'autoattack':
+    from rocl_jax.benchmark import autoattack
+
+    return autoattack.measure(settings, say)
   from rocl_jax.benchmark import startup
 
   return startup.measure(settings, say)
 
 
 def _check_peers(section):
-  if section not in WITH_PEERS:
+  if section not in (*WITH_PEERS, 'autoattack'):
     raise UserError(
       f'--peers: found with {section}, wanted {" or ".join(WITH_PEERS)}'
     )
-  for module in ('torch', 'torchattacks', 'foolbox', 'art'):
+  for module in ('torch', 'torchattacks', 'foolbox', 'art', 'pyautoattack'):
     if importlib.util.find_spec(module) is None:
       raise UserError(
-        f"--peers: {module} is not installed; pip install 'rocl-jax[peers]'"
+        f"benchmark: {module} is not installed; pip install 'rocl-jax[peers]'"
       )
 
 

@@ -203,6 +203,50 @@ def _scaling(records):
   return [note, '', *_table(head, rows)]
 
 
+def _autoattack(records):
+  head = ['attack', 'robust images', 'official', 'seconds', 'official']
+  head += ['times as long', 'seconds with compilation']
+  lines = []
+  for r in records:
+    rows = [
+      [
+        a['attack'],
+        str(a['robust']),
+        str(a['official_robust']),
+        f'{a["seconds"]:.1f}',
+        f'{a["official_seconds"]:.1f}',
+        f'{a["official_seconds"] / a["seconds"]:.2f}',
+        f'{a["seconds_with_compilation"]:.1f}',
+      ]
+      for a in r['attacks']
+    ]
+    total = {
+      k: sum(a[k] for a in r['attacks'])
+      for k in ('seconds', 'official_seconds', 'seconds_with_compilation')
+    }
+    last = r['attacks'][-1]
+    rows.append(
+      [
+        'all',
+        str(last['robust']),
+        str(last['official_robust']),
+        f'{total["seconds"]:.1f}',
+        f'{total["official_seconds"]:.1f}',
+        f'{total["official_seconds"] / total["seconds"]:.2f}',
+        f'{total["seconds_with_compilation"]:.1f}',
+      ]
+    )
+    lines += [
+      f'## {r["network"]}',
+      '',
+      f'{r["n"]} images, {r["clean"]} of them right without attack; '
+      f'{r["norm"]} {r["eps"]:.5f}; batches of {r["batch_size"]}.',
+      '',
+      *_table(head, rows),
+    ]
+  return lines
+
+
 def _startup(records):
   head = ['width', 'first start, s', 'second, s', 'times as long']
   head += ['by minimum', 'n']
@@ -226,6 +270,7 @@ _TABLES: dict[str, Any] = {
   'masks': _masks,
   'scaling': _scaling,
   'startup': _startup,
+  'autoattack': _autoattack,
 }
 
 

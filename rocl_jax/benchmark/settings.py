@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from rocl_jax import models
+from rocl_jax.attacks.balls import check_ball
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, at_least, one_of, parse, within
 from rocl_jax.stages.pretrain import Settings as Pretrain
@@ -53,6 +54,32 @@ class Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoAttack:
+  """Attributes:
+  model: a model folder; '' for the small network of `reference`.
+  reference: the file of the reference vectors.
+  images: the folder of the images; '' for the model's own, or the one that
+    ROCL_CIFAR_DIR names.
+  examples: the first so many test images.
+  eps, norm: the ball.
+  batch_size: images at a time.
+  """
+
+  model: str
+  reference: str
+  images: str
+  examples: int
+  eps: float
+  norm: str
+  batch_size: int
+
+  def __post_init__(self):
+    check_ball(self.eps, self.norm)
+    at_least('examples', self.examples, 1)
+    at_least('batch_size', self.batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
   """What the measured training steps are taken from."""
 
@@ -67,7 +94,7 @@ class Settings:
   rounds: times that every job runs, after a warm-up.
   image_size, classes: of the random images and labels.
   width, batch, dtype, steps: the grid.
-  masks, scaling: of those sections.
+  masks, scaling, autoattack: of those sections.
   recipe: the training steps.
   """
 
@@ -80,6 +107,7 @@ class Settings:
   steps: tuple[int, ...]
   masks: Masks
   scaling: Scaling
+  autoattack: AutoAttack
   recipe: Recipe
 
   def __post_init__(self):
