@@ -1,11 +1,12 @@
 """Networks, and the form of them that attacks see."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rocl_jax import batchnorm, convolution, models
+from rocl_jax import batchnorm, compiled, convolution, models
 from rocl_jax.trees import flatten
 
 
@@ -192,3 +193,28 @@ def test_any_image_size():
     variables = model.init(jax.random.key(0), (extent, extent, 3))
     images = jnp.zeros((2, extent, extent, 3))
     assert model.predict(variables, images).shape == (2, 10)
+
+
+def test_relu_is_that_of_flax_and_keeps_nan():
+  x = jnp.array([-jnp.inf, -1.5, -0.0, 0.0, 2.0, jnp.inf, jnp.nan])
+  np.testing.assert_array_equal(models.relu(x), nn.relu(x))
+  gradient = lambda f: jax.grad(lambda x: (f(x) * jnp.arange(7.0)).sum())(x)
+  np.testing.assert_array_equal(gradient(models.relu), gradient(nn.relu))
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason="of XLA's for CPUs")
+def test_no_layer_is_computed_anew_for_the_gradient_of_the_weights():
+  model = build(width=8)
+  variables = random_variables(model)
+
+  def loss(params, images):
+    inner = {'params': params, 'batch_stats': variables['batch_stats']}
+    return model.train(inner, images)[0].sum()
+
+  images = jnp.zeros((4, 16, 16, 3))
+  program = compiled.jit(jax.grad(loss)).lower(variables['params'], images)
+  text = program.compile().as_text()
+  fusions = [x for x in text.splitlines() if ' fusion(' in x]
+  # A block's output needs one convolution's, or two with a shortcut.
+  most = max(x.split(', kind=')[0].count('%conv_general') for x in fusions)
+  assert most <= 4  # the parts of a gradient by phases
