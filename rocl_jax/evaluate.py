@@ -253,7 +253,8 @@ def _write_audit(model, settings, split, checks, curves):
   path = model.folder.parent / 'audit.json'
   entry = {k: model.about[k] for k in ('run', 'stage', 'selection')}
   entry |= {'fingerprint': model.about['fingerprint'], 'split': split}
-  entry |= {'attack': settings.eval.suite[-1], 'seed': settings.seed}
+  # Of the curves: the checks of records speak of the suite's own.
+  entry |= {'attack': 'pgd', 'seed': settings.seed}
   entry |= {'norm': settings.eval.norm, 'eps': settings.eval.eps}
   key = lambda e: json.dumps([e.get(k) for k in entry], sort_keys=True)
   before = read_json(path, list) if path.exists() else []

@@ -42,7 +42,7 @@ def test_derived_values_follow_an_override():
   rates = {name: s.optimizer.learning_rate for name, s in stages.items()}
   assert rates['prune'] == 0.3 and rates['finetune'] == 0.01
   assert stages['prune'].total_epochs == stages['supervised'].total_epochs == 25
-  pgd20 = experiment.eval.attacks['pgd20'].settings.keywords
+  pgd20 = experiment.eval.attacks['pgd20'].protocol
   assert pgd20['eps'] == 2 / 255
   assert pgd20['step_size'] == pytest.approx(0.2 / 255)
 
@@ -91,7 +91,10 @@ def test_surrogate_of_a_quickstart_model():
   experiment = parse_experiment(surrogate.get_config('digits'))
   quick = parse_experiment(quickstart.get_config())
   assert experiment.data == quick.data
-  assert experiment.eval.selected == quick.eval.selected
+  ours, theirs = (
+    [a.protocol for a in e.eval.selected] for e in (experiment, quick)
+  )
+  assert ours == theirs
   (run,) = experiment.runs
   assert (run.model.name, run.model.width) == ('resnet20', 8)
   ((stage, settings),) = run.stages

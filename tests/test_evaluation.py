@@ -1,0 +1,316 @@
+"""Evaluations of saved models: suites, interruptions, transfer, corruptions."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import Mesh
+
+from configs import eval as eval_configs
+from configs import quickstart
+from rocl_jax import checkpoint, evaluation, journal, models, results
+from rocl_jax.attacks.robustness import build
+from rocl_jax.attacks.square import square
+from rocl_jax.data import digits
+from rocl_jax.data.records import CIFAR10_CLASSES
+from rocl_jax.errors import UserError
+from rocl_jax.evaluate import evaluate
+from rocl_jax.report import write as write_report
+from rocl_jax.trees import flatten, unflatten
+
+SETTINGS = models.Settings(name='resnet8', width=4, dtype='float32')
+MODEL = models.build(SETTINGS, 10)
+
+
+def random_model(seed, shape=(8, 8, 3), spread=30.0):
+  """A network whose classes vary from image to image."""
+  variables = MODEL.init(jax.random.key(seed), shape)
+  images = jax.random.uniform(jax.random.key(seed), (64, *shape))
+  _, moments = MODEL.train(variables, images)
+  variables['batch_stats'] = moments
+  head = variables['params']['head']
+  head['kernel'] = head['kernel'] * spread
+  features = MODEL.predict(variables, images, 'features').mean(0)
+  head['bias'] = -features @ head['kernel']
+  return jax.device_get(variables)
+
+
+def save(folder, variables, **changes):
+  """A model folder as a stage of a run leaves it."""
+  config = quickstart.get_config()
+  config.model.update(vars(SETTINGS))
+  config = config.copy_and_resolve_references().to_dict()
+  about = {
+    'run': 'ours',
+    'stage': 'finetune',
+    'selection': 'last',
+    'epoch': 1,
+    'dataset': 'digits',
+    'class_names': list(digits.read('').class_names),
+    'image_shape': [8, 8, 3],
+    'config': config,
+    'versions': {},
+  }
+  about |= changes | results.identity(variables)
+  checkpoint.save_model(epath.Path(folder), variables, about)
+  return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return save(tmp_path / 'run' / '4_finetune' / 'model', random_model(0))
+
+
+def config_of(suite, **changes):
+  c = eval_configs.get_config(suite)
+  c.eval.eps = '0.01'
+  c.eval.examples = 60
+  c.eval.batch_size = 16
+  c.audit.examples = 0
+  for name in ('apgd-ce', 'apgd-t', 'fab-t'):
+    c.eval.attacks[name].steps = 5
+  for name in ('apgd-t', 'fab-t'):
+    c.eval.attacks[name].targets = 3
+  c.eval.attacks['square'].queries = 20
+  c.eval.attacks.pgd50.update(steps=5, restarts=3)
+  for path, value in changes.items():
+    node, _, leaf = path.rpartition('__')
+    target = c
+    for part in node.split('__') if node else ():
+      target = target[part]
+    target[leaf] = value
+  return c
+
+
+def clockless(records):
+  return [{k: v for k, v in r.items() if k != 'versions'} for r in records]
+
+
+def test_the_standard_suite(folder, tmp_path):
+  found = evaluate(config_of('standard'), [folder])
+  by_name = {r['attack']: r for r in found.records}
+  assert list(by_name) == ['clean', 'pgd10', 'pgd20', 'pgd50', 'autoattack']
+  auto = by_name['autoattack']
+  assert [m['attack'] for m in auto['members']] == [
+    *('apgd-ce', 'apgd-t', 'fab-t', 'square')
+  ]
+  after = [m['robust_top1'] for m in auto['members']]
+  assert (
+    after == sorted(after, reverse=True) and after[-1] == (auto['robust_top1'])
+  )
+  assert 0 < auto['robust_top1'] < auto['clean_top1']
+  for record in found.records:
+    assert record['n'] == sum(record['per_class']['n']) == 60
+    confusion = np.array(record['confusion'])
+    np.testing.assert_array_equal(confusion.sum(1), record['per_class']['n'])
+    hits = 100 * np.trace(confusion) / 60
+    assert record['robust_top1'] == pytest.approx(hits, abs=1e-3)
+    eps = 0.01 if record['attack'] != 'clean' else 0
+    assert record['largest_distance'] <= eps + 1e-6
+  # The whole protocol stands beside each number.
+  protocol = {'eps', 'norm', 'seed', 'n', 'dtype', 'matmul_precision'}
+  protocol |= {'selection', 'sparsity', 'versions', 'fingerprint', 'split'}
+  assert all(protocol <= r.keys() for r in found.records)
+  assert not [c for c in found.checks['ours/finetune'] if not c.passed]
+  again = evaluate(config_of('standard'), [folder])
+  assert clockless(again.records) == clockless(found.records)
+  write_report(str(tmp_path / 'run'))
+  text = (tmp_path / 'run' / 'report.md').read_text()
+  assert 'apgd-t' in text and 'confusion.png' in text
+
+
+@pytest.mark.parametrize('norm, eps', [('linf', '0.01'), ('l2', '0.1')])
+def test_a_single_attack_is_a_suite_in_both_norms(folder, norm, eps):
+  for name in ('apgd-ce', 'fab-t', 'square'):
+    config = config_of(name, eval__norm=norm, eval__eps=eps)
+    (record,) = evaluate(config, [folder]).records
+    assert record['attack'] == name and record['norm'] == norm
+    assert record['robust_top1'] <= record['clean_top1']
+
+
+def test_a_killed_evaluation_ends_with_the_same_numbers(tmp_path, monkeypatch):
+  straight = save(tmp_path / 'a' / 'model', random_model(0))
+  wanted = evaluate(config_of('autoattack'), [straight]).records
+  monkeypatch.setattr(journal, '_SECONDS', 0.0)
+  write = journal.Journal.write
+  writes, kills = 0, [1, 2, 4, 7]
+
+  def interrupted(self, fates):
+    nonlocal writes
+    write(self, fates)
+    writes += 1
+    if kills and writes == kills[0]:
+      kills.pop(0)
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(journal.Journal, 'write', interrupted)
+  folder = save(tmp_path / 'b' / 'model', random_model(0))
+  tries = 0
+  while True:
+    tries += 1
+    try:
+      found = evaluate(config_of('autoattack'), [folder]).records
+      break
+    except KeyboardInterrupt:
+      assert list((tmp_path / 'b').glob('evaluation-autoattack-*.npz'))
+  assert tries == 5 and not kills
+  assert clockless(found) == clockless(wanted)
+  assert not list((tmp_path / 'b').glob('evaluation-*'))
+  # A damaged state is told of, and costs no more than a new start.
+  book = journal.Journal(epath.Path(tmp_path / 'b/results.json'), wanted[0])
+  book._path.write_bytes(b'PK\x03\x04 cut short')
+  assert book.read() is None
+
+
+def test_devices_and_batches_do_not_decide_an_images_fate():
+  variables = random_model(0)
+  test = digits.read('').test
+  images, labels = test.images[:30], test.labels[:30]
+  forwards = evaluation.logits_functions(MODEL)
+  outcomes = []
+  for devices, size in ((1, 30), (4, 12), (2, 64)):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ('data',))
+    members = [('square', square(eps=0.02, queries=10))]
+    measure = build(members, forwards, mesh, size)
+    seen = evaluation.visible(variables)
+    outcomes.append(measure(seen, images, labels, 0)[0])
+  for other in outcomes[1:]:
+    for field in ('clean_top1', 'robust_top1', 'adversarial_prediction'):
+      np.testing.assert_array_equal(
+        getattr(other, field), getattr(outcomes[0], field)
+      )
+
+
+def test_a_model_that_proves_nothing_fails_the_audit(tmp_path):
+  """One class for all: nothing moves it, and no attack can."""
+  variables = random_model(0)
+  head = variables['params']['head']
+  head['kernel'], head['bias'] = 0 * head['kernel'], jnp.arange(10.0)
+  folder = save(tmp_path / 'model', jax.device_get(variables))
+  found = evaluate(config_of('quick', audit__examples=20), [folder])
+  bad = [c.check for c in found.checks['ours/finetune'] if not c.passed]
+  assert 'no gradient of the margin vanishes' in bad
+  assert 'an unbounded attack breaks every image' in bad
+  (entry,) = json.loads((tmp_path / 'audit.json').read_text())
+  assert entry['n'] == 20 and not all(c['passed'] for c in entry['checks'])
+
+
+def test_transfer_and_the_published_artefact(tmp_path):
+  """Images made on one network, scored on another with and without masks."""
+  target = tmp_path / 'w' / '4_finetune'
+  variables = random_model(0)
+  dense = flatten(variables['params'])
+  masks = {
+    p: np.random.default_rng(0).random(x.shape) < 0.9
+    for p, x in dense.items()
+    if p.endswith('kernel') and not p.startswith('projector')
+  }
+  kept = dense | {p: dense[p] * m for p, m in masks.items()}
+  pruned = variables | {'params': unflatten(kept), 'masks': masks}
+  folders = [
+    save(target / 'model', pruned),
+    save(tmp_path / 'o' / '1_supervised' / 'model', random_model(1), run='nat'),
+  ]
+  trainable = {p: x for p, x in dense.items() if not p.startswith('projector')}
+  with checkpoint.open_states(epath.Path(target / 'checkpoints')) as manager:
+    state = {
+      'trained': {
+        'trainable': trainable,
+        'frozen': {},
+        'batch_stats': variables['batch_stats'],
+      }
+    }
+    checkpoint.save_state(manager, 3, state)
+  config = config_of('matrix')
+  found = evaluate(config, folders).transfers
+  cells = {(r['source_name'], r['target_name']): r for r in found}
+  names = ('ours/finetune', 'nat/finetune')
+  assert set(cells) == {(s, t) for s in names for t in names}
+  for (source, name), record in cells.items():
+    assert record['white_box'] == (source == name) and record['masked']
+    own = cells[name, name]
+    assert own['robust_top1'] <= record['robust_top1']
+    assert own['clean_top1'] == record['clean_top1']
+
+  config = config_of('transfer', transfer__surrogates=(folders[1],))
+  config.transfer.unmasked = True
+  found = evaluate(config, folders[:1]).transfers
+  masked = [r for r in found if r['masked']]
+  bare = [r for r in found if not r['masked']]
+  assert len(masked) == len(bare) == 4  # two attacks, own and surrogate
+  # Without masks it is the network before pruning.
+  logits = MODEL.predict(variables, digits.read('').test.images[:60] / 255)
+  right = (logits.argmax(-1) == digits.read('').test.labels[:60]).mean()
+  assert {r['clean_top1'] for r in bare} == {round(100 * float(right), 4)}
+  assert not any(r['white_box'] for r in bare)
+  text = write_report(str(tmp_path / 'w'))
+  assert 'artefact' in epath.Path(text).read_text()
+  with pytest.raises(UserError, match='has no masks to leave out'):
+    config.transfer.surrogates = ()
+    config.transfer.matrix = True
+    evaluate(config, folders[1:])
+
+
+def test_common_corruptions(tmp_path):
+  rng = np.random.default_rng(0)
+  source = tmp_path / 'CIFAR-10-C'
+  source.mkdir()
+  labels = rng.integers(0, 10, 6)
+  np.save(source / 'labels.npy', np.tile(labels, 5))
+  for name in ('fog', 'snow'):
+    images = rng.integers(0, 256, (30, 32, 32, 3), np.uint8)
+    np.save(source / f'{name}.npy', images)
+  folder = save(
+    tmp_path / 'run' / '2_supervised' / 'model',
+    random_model(2, (32, 32, 3)),
+    class_names=list(CIFAR10_CLASSES),
+    image_shape=[32, 32, 3],
+    dataset='cifar10',
+    stage='supervised',
+  )
+  config = config_of('corruptions', data__dir=str(source))
+  found = evaluate(config, [folder]).records
+  assert len(found) == 10
+  assert {(r['corruption'], r['severity']) for r in found} == {
+    (c, s) for c in ('fog', 'snow') for s in range(1, 6)
+  }
+  assert all(r['attack'] == 'clean' and r['n'] == 6 for r in found)
+  path = write_report(str(tmp_path / 'run'))
+  assert 'snow' in epath.Path(path).read_text()
+
+
+@pytest.mark.parametrize(
+  'suite, changes, message',
+  [
+    ('quick', {'eval__suite': ('fab',)}, "did you mean 'fab-t'"),
+    ('fab-t', {'eval__norm': 'linff'}, "did you mean 'linf'"),
+    ('apgd-ce', {'eval__eps': '8'}, 'did you mean 8/255'),
+    ('apgd-ce', {'eval__attacks__apgd-ce__loss': 'cee'}, "did you mean 'ce'"),
+    ('fab-t', {'eval__attacks__fab-t__targets': 10}, 'wanted at most 9'),
+    ('square', {'eval__attacks__square__queries': 0}, 'queries: found 0'),
+    (
+      'autoattack',
+      {'eval__attacks__square__eps': '0.2'},
+      'wanted attacks of one norm and one eps',
+    ),
+    ('quick', {'audit__examples': 300}, 'config.audit.examples: found 300'),
+    ('transfer', {}, 'config.transfer.surrogates: /'),
+    ('quick', {'data__source': 'cifar10'}, 'config.data.source: found'),
+  ],
+)
+def test_a_mistake_is_named(folder, suite, changes, message):
+  with pytest.raises(UserError, match='config') as error:
+    evaluate(config_of(suite, **changes), [folder])
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_networks_of_other_images_are_refused(folder, tmp_path):
+  other = save(
+    tmp_path / 'x' / 'model', random_model(2, (32, 32, 3)),
+    image_shape=[32, 32, 3],
+  )  # fmt: skip
+  with pytest.raises(UserError, match='image_shape'):
+    evaluate(config_of('quick'), [folder, other])
