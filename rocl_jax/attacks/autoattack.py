@@ -126,14 +126,16 @@ def autoattack(
   measure = robustness.build(attacks, forwards, mesh, batch_size)
   told = 0
 
-  def watch(fates, _):
+  def tell(after):
     nonlocal told
-    for name, _ in attacks[told : len(fates.after)]:
-      say(f'{name}: {fates.after[told]} of {len(labels)} images are robust')
+    for name, _ in attacks[told : len(after)]:
+      say(f'{name}: {after[told]} of {len(labels)} images are robust')
       told += 1
 
+  watch = lambda fates, _: tell(fates.after)
   outcome, found = measure(None, images, labels, seed, watch=watch, keep=True)
   assert found is not None
+  tell(outcome.after)
   return AutoAttackResult(
     images=found,
     robust=np.asarray(outcome.robust_top1),
