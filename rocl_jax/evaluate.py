@@ -87,6 +87,7 @@ class Settings:
   Attributes:
     seed: of the attacks' starts.
     split: 'test' or 'validation'.
+    dtype: of the networks' arithmetic; '' for what they were trained in.
     data: where the images are, if not where the model was trained.
     eval: the suite.
     audit: the checks.
@@ -95,6 +96,7 @@ class Settings:
 
   seed: int
   split: str
+  dtype: str
   data: DataOverride
   eval: evaluation.Settings
   audit: Audit
@@ -103,6 +105,7 @@ class Settings:
   def __post_init__(self):
     within('seed', self.seed, 0, 2**32 - 1)
     one_of('split', self.split, ('test', 'validation'))
+    one_of('dtype', self.dtype, ('', 'float32', 'bfloat16'))
     if self.transfer.matrix and self.data.source == CORRUPTIONS:
       raise FieldError('transfer.matrix', True, f'False with {CORRUPTIONS}')
 
@@ -140,9 +143,10 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
     )
   values = config.copy_and_resolve_references().to_dict()
   settings = parse(Settings, values, 'config')
-  models = [saved.load(folder, '--model') for folder in model_folders]
+  load = functools.partial(saved.load, dtype=settings.dtype)
+  models = [load(folder, '--model') for folder in model_folders]
   surrogates = [
-    saved.load(folder, 'config.transfer.surrogates')
+    load(folder, 'config.transfer.surrogates')
     for folder in settings.transfer.surrogates
   ]
   splits, about_splits = _images(settings, models[0])
@@ -169,6 +173,7 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
       settings.seed,
       one.folder.parent / 'results.json',
       about_splits,
+      settings.dtype,
     )
     checks = audit.of_records(records)
     curves: dict[str, Any] = {}
@@ -259,6 +264,7 @@ def _write_audit(model, settings, split, checks, curves):
   key = lambda e: json.dumps([e.get(k) for k in entry], sort_keys=True)
   before = read_json(path, list) if path.exists() else []
   kept = [e for e in before if isinstance(e, dict) and key(e) != key(entry)]
+  entry['dtype'] = model.network.settings.dtype
   entry['n'] = settings.audit.examples
   entry['steps'] = USUAL_STEPS
   entry['checks'] = [check._asdict() for check in checks]

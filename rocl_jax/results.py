@@ -31,7 +31,7 @@ Record = dict[str, Any]
 # A newer record replaces the one that agrees with it in these.
 _IDENTITY = (
   *('run', 'stage', 'selection', 'split', 'n'),
-  *('attack', 'norm', 'eps'),
+  *('attack', 'norm', 'eps', 'dtype'),
 )
 _ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
@@ -43,6 +43,7 @@ def evaluate_model(
   seed: int,
   results: epath.Path,
   about_splits: Mapping[str, Record] = {},
+  dtype: str = '',
 ) -> list[Record]:
   """Evaluates a model folder and adds its records to a results.json.
 
@@ -55,6 +56,7 @@ def evaluate_model(
     seed: of the attacks' starts.
     results: the file.
     about_splits: what records say of a split beside its name.
+    dtype: of the arithmetic, if not as the model was trained.
 
   Returns:
     The records of this model under these attacks, old and new.
@@ -74,6 +76,7 @@ def evaluate_model(
     for name, split in splits.items():
       protocol = _protocol(about, evaluator, name, split, seed)
       protocol |= about_splits.get(name, {})
+      protocol['dtype'] = dtype or protocol['dtype']
       found = [r for r in records if protocol.items() <= r.items()]
       if not found:
         new = _twin(records, protocol)

@@ -61,12 +61,13 @@ class Saved(NamedTuple):
         )
 
 
-def load(folder: str, field: str) -> Saved:
+def load(folder: str, field: str, dtype: str = '') -> Saved:
   """Reads a model folder with a classifier in it.
 
   Args:
     folder: the path.
     field: where the user named it, for messages.
+    dtype: of the encoder's arithmetic, if not as it was trained.
 
   Raises:
     UserError: no model, an encoder alone, or another network than it says.
@@ -78,7 +79,9 @@ def load(folder: str, field: str) -> Saved:
     raise UserError(f'{field}: {e}') from None
   if 'head' not in variables['params']:
     raise UserError(f'{field}: {path} is an encoder without a classifier')
-  settings = parse(models.Settings, about['config']['model'], 'config.model')
+  section = dict(about['config']['model'])
+  section['dtype'] = dtype or section['dtype']
+  settings = parse(models.Settings, section, 'config.model')
   which = Network(settings, len(about['class_names']))
   shape = tuple(about['image_shape'])
   fresh = jax.eval_shape(lambda: network(which).init(jax.random.key(0), shape))

@@ -131,7 +131,8 @@ def _convert(kind, value, where, siblings):
       raise UserError(f'{where}: found {value!r}, wanted a tuple')
     item = typing.get_args(kind)[0]
     if item is str and all(isinstance(v, str) for v in value):
-      value = [word for v in value for word in v.split(',')]  # a,b in a shell
+      # a,b in a shell, and a, for one alone
+      value = [word for v in value for word in v.split(',') if word]
     return tuple(_convert(item, v, where, siblings) for v in value)
   if kind is float:
     return amount(value, where, siblings)

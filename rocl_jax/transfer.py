@@ -27,7 +27,7 @@ Record = dict[str, Any]
 # What a number is; the rest of a record says how it came about.
 _IDENTITY = (
   *('source', 'target', 'masked', 'attack', 'norm', 'eps', 'split', 'n'),
-  'seed',
+  *('seed', 'dtype'),
 )
 
 
@@ -87,6 +87,7 @@ def run(
               'split': split_name,
               'n': len(split.labels),
               'seed': seed,
+              'dtype': target.network.settings.dtype,
             }
             found = [r for r in known if _same(r, record)]
             if not found:

@@ -195,7 +195,7 @@ def test_a_wrong_value_is_named_with_what_is_wanted(change, field, wanted):
 def test_commas_make_a_tuple_as_a_shell_user_types_it():
   config = digits()
   config.eval.suite = ('pgd10,pgd20',)
-  config.stages = ('pretrain,supervised',)
+  config.stages = ('pretrain,supervised,',)
   experiment = parse_experiment(config)
   assert [a.name for a in experiment.eval.selected] == ['pgd10', 'pgd20']
   run = experiment.runs[0]

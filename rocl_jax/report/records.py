@@ -16,6 +16,7 @@ IDENTITY = (
   'attack',
   'eps',
   'norm',
+  'dtype',
   'n',
 )
 

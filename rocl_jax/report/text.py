@@ -56,12 +56,23 @@ def short_dataset(name: Any) -> str:
 
 
 def attack_text(record: Record) -> str:
+  dtype = _other_dtype(record)
   if not attacked(record):
-    return 'clean (no attack)'
+    return 'clean (no attack)' + (f', {dtype}' if dtype else '')
+  ball = (
+    f'{record.get("norm", "unknown norm")}, eps {eps_text(record.get("eps"))}'
+  )
   return (
     f'{record.get("attack", "unknown attack")} '
-    f'({record.get("norm", "unknown norm")}, eps {eps_text(record.get("eps"))})'
+    f'({ball}{f", {dtype}" if dtype else ""})'
   )
+
+
+def _other_dtype(record: Record) -> Any:
+  """The arithmetic of the evaluation, where training used another."""
+  network = (record.get('config') or {}).get('model') or {}
+  dtype = record.get('dtype')
+  return dtype if dtype != network.get('dtype', dtype) else None
 
 
 def accuracies(record: Record) -> list[str]:
