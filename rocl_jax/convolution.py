@@ -4,11 +4,11 @@
   y = frozen_conv(images, kernel, flip(kernel), 1)   # inside an attack
   y = plain_conv(images, kernel, stride=1)           # as XLA differentiates it
 
-All three compute the same; they differ in the gradient on CPUs. Inside a
-`while` loop XLA's CPU backend computes a convolution's input gradient with a
-generic kernel, four to eight times slower than outside, and an attack is such
-a loop. Here the gradient is made of ordinary convolutions with the flipped,
-transposed kernel; as the weights do not change while an attack runs,
+All three compute the same; on CPUs the first layer and the gradients differ.
+Inside a `while` loop XLA's CPU backend computes a convolution's input gradient
+with a generic kernel, four to eight times slower than outside, and an attack
+is such a loop. Here the gradient is made of ordinary convolutions with the
+flipped, transposed kernel; as the weights do not change while an attack runs,
 `frozen_conv` takes that kernel as well, made once outside the loop. Strides
 and few channels have forms of their own, as has the gradient of a 1x1 kernel.
 The choice falls where the program is lowered: GPUs and TPUs keep XLA's own.
@@ -99,6 +99,39 @@ def flip(kernel: jax.Array) -> jax.Array:
   return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
+def _frozen(images, kernel, stride):
+  """`plain_conv`, but for the first layer on CPUs."""
+  if stride > 1 or images.shape[-1] >= _FEW:
+    return plain_conv(images, kernel, stride)
+  return lax.platform_dependent(
+    images, kernel, cpu=_from_few_channels, default=plain_conv
+  )
+
+
+def _from_few_channels(images, kernel):
+  """One matrix product with all taps of a pixel beside each other.
+
+  A convolution of the three channels of an image leaves most of a vector
+  register idle. XLA computes what it reads anew for each tap, unless that is
+  in memory, as the state of a loop is: attacks begin their steps with it.
+  """
+  size, _, inputs, outputs = kernel.shape
+  n, height, width, _ = images.shape
+  pad = size // 2
+  margin = (pad, pad)
+  padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+  taps = [
+    padded[:, row : row + height, column : column + width]
+    for row in range(size)
+    for column in range(size)
+  ]
+  return jnp.dot(
+    jnp.concatenate(taps, -1).reshape(-1, size * size * inputs),
+    kernel.reshape(-1, outputs),
+    precision=lax.Precision.HIGHEST,
+  ).reshape(n, height, width, outputs)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def frozen_conv(
   images: jax.Array, kernel: jax.Array, flipped: jax.Array, stride: int
@@ -112,11 +145,11 @@ def frozen_conv(
     stride: 1 or 2.
   """
   del flipped
-  return plain_conv(images, kernel, stride)
+  return _frozen(images, kernel, stride)
 
 
 def _forward(images, kernel, flipped, stride):
-  return plain_conv(images, kernel, stride), (kernel, flipped, images.shape)
+  return _frozen(images, kernel, stride), (kernel, flipped, images.shape)
 
 
 def _backward(stride, residuals, cotangent):
@@ -144,7 +177,7 @@ def _input_gradient(cotangent, kernel, flipped, stride, shape):
   """The gradient [N, H, W, C_in] by forward convolutions and products."""
   size, _, inputs, _ = kernel.shape
   if stride == 1 and inputs < _FEW:
-    return _few_channels(cotangent, kernel)
+    return _to_few_channels(cotangent, kernel)
   if stride == 1:
     return plain_conv(cotangent, flipped)
   if size == 1:  # commutes with the interleaving
@@ -152,11 +185,10 @@ def _input_gradient(cotangent, kernel, flipped, stride, shape):
   return _by_phases(cotangent, flipped, stride, *shape[1:3])
 
 
-def _few_channels(cotangent, kernel):
+def _to_few_channels(cotangent, kernel):
   """All taps' products as one matrix product, then their shifted sum.
 
-  A convolution to the three channels of an image leaves most of a vector
-  register idle.
+  See `_from_few_channels`, whose transpose it is.
   """
   size, _, inputs, outputs = kernel.shape
   n, height, width, _ = cotangent.shape

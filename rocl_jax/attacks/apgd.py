@@ -86,9 +86,9 @@ class _Point(NamedTuple):
 class _State(NamedTuple):
   """Attributes:
   step: steps done.
-  here: where the next step starts.
-  before: the point that the last step started from, images alone.
-  last_value: the loss at the last iterate.
+  iterate: where the last step led; at first the start.
+  before: where it came from.
+  last_value: the loss at the iterate before.
   best: the point of highest loss.
   adversarial: the last images that fooled the network.
   fooled: whether there are any [N].
@@ -99,7 +99,7 @@ class _State(NamedTuple):
   """
 
   step: jax.Array
-  here: _Point
+  iterate: jax.Array
   before: jax.Array
   last_value: jax.Array
   best: _Point
@@ -119,50 +119,58 @@ def _ascend(measure, images, keys, *, eps, steps, norm):
   inside = lambda x: jnp.clip(images + ball.project(x - images, eps), 0, 1)
 
   def advance(state):
-    x, factor = state.here.images, wide(state.step_size)
-    momentum = jnp.where(state.step > 0, _MOMENTUM, 0.0)
-    target = inside(x + factor * ball.steepest(state.here.gradient))
-    moved = (1 - momentum) * (target - x) + momentum * (x - state.before)
-    iterate, fooled = measure(inside(x + moved), fold(keys, state.step + 1))
-    best = _where(iterate.value > state.best.value, iterate, state.best)
+    point, fooled = measure(state.iterate, fold(keys, state.step))
+    best = _where(point.value > state.best.value, point, state.best)
 
-    window = windows[state.step]
-    ups = state.ups + (iterate.value > state.last_value)
+    # At the start there is nothing to look back on.
+    started = state.step > 0
+    window = jnp.where(started, windows[state.step - 1], 0)
+    ups = state.ups + (started & (point.value > state.last_value))
     stuck = ~state.reduced & (state.best_at_check >= best.value)
     reduce = (window > 0) & ((ups <= _ENOUGH_UPS * window) | stuck)
     at_check = lambda new, old: jnp.where(window > 0, new, old)
+    step_size = jnp.where(reduce, state.step_size / 2, state.step_size)
+
+    here = _where(reduce, best, point)
+    x = here.images
+    momentum = jnp.where(started, _MOMENTUM, 0.0)
+    target = inside(x + wide(step_size) * ball.steepest(here.gradient))
+    moved = (1 - momentum) * (target - x) + momentum * (x - state.before)
     return _State(
       step=state.step + 1,
-      here=_where(reduce, best, iterate),
+      iterate=inside(x + moved),
       before=x,
-      last_value=iterate.value,
+      # Not the start's value: the official code looks one entry before its
+      # list, where a zero stands.
+      last_value=jnp.where(started, point.value, 0.0),
       best=best,
-      adversarial=jnp.where(wide(fooled), iterate.images, state.adversarial),
+      adversarial=jnp.where(wide(fooled), state.iterate, state.adversarial),
       fooled=state.fooled | fooled,
-      step_size=jnp.where(reduce, state.step_size / 2, state.step_size),
+      step_size=step_size,
       ups=at_check(0, ups),
       reduced=at_check(reduce, state.reduced),
-      best_at_check=at_check(best.value, state.best_at_check),
+      best_at_check=jnp.where(
+        started, at_check(best.value, state.best_at_check), point.value
+      ),
     )
 
-  start = images + draw(ball.surface, keys, images.shape, eps)
-  first, fooled = measure(jnp.clip(start, 0, 1), keys)
+  noise = draw(ball.surface, keys, images.shape, eps)
+  start = jnp.clip(images + noise, 0, 1)
+  nothing = jnp.zeros(n)
   state = _State(
     step=jnp.int32(0),
-    here=first,
-    before=first.images,
-    # Not the first value: the official code looks one entry before its list,
-    # where a zero stands.
-    last_value=jnp.zeros(n),
-    best=first,
-    adversarial=first.images,
-    fooled=fooled,
+    iterate=start,
+    before=start,
+    last_value=nothing,
+    best=_Point(start, nothing - jnp.inf, jnp.zeros_like(start)),
+    adversarial=start,
+    fooled=jnp.zeros(n, bool),
     step_size=jnp.full(n, 2.0 * eps),
     ups=jnp.zeros(n, jnp.int32),
     reduced=jnp.ones(n, bool),
-    best_at_check=first.value,
+    best_at_check=nothing,
   )
-  going = lambda state: (state.step < steps) & ~state.fooled.all()
+  going = lambda state: (state.step <= steps) & ~state.fooled.all()
   state = lax.while_loop(going, advance, state)
   return jnp.where(wide(state.fooled), state.adversarial, state.best.images)
 

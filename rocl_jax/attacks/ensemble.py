@@ -157,13 +157,14 @@ def passes_left(members: Sequence[Member], fates: Fates) -> int:
 
 
 def batch_sizes(batch_size: int, n: int, devices: int) -> tuple[int, ...]:
-  """The shapes that programs are compiled for: a batch, and its halves.
+  """The shapes that programs are compiled for: a batch, and its eighths.
 
-  All divide by the number of devices, and none is larger than n images need.
+  Few are needed, and only those are compiled. All divide by the number of
+  devices, and none is larger than n images need.
   """
-  full = -(-min(batch_size, n) // devices) * devices
-  sizes = {-(-full // share // devices) * devices for share in (1, 2, 4, 8)}
-  return tuple(sorted(s for s in sizes if s >= min(full, 16)))
+  whole = lambda n: -(-n // devices) * devices
+  full = whole(min(batch_size, n))
+  return tuple(sorted({whole(-(-full * part // 8)) for part in range(1, 9)}))
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:

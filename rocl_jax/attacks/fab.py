@@ -59,30 +59,34 @@ def fab(
       return value.sum(), value
 
     def advance(state):
-      x = state.here
+      x = state.candidate
+      fooled = logits_fn(x).argmax(-1) != labels
+      distance = ball.norm(x - images)
+      closer = fooled & (distance < state.distance)
+      best = jnp.where(wide(closer), x, state.best)
+      x = jnp.where(wide(fooled), images + backward * (x - images), x)
+
       normal, value = jax.grad(lead, has_aux=True)(x)
       offset = (normal * x).sum((1, 2, 3)) - value
-      onto = lambda start: project(start, normal, offset, norm) - start
-      from_here, from_image = onto(x), onto(images)
+      starts = jnp.concatenate([x, images])
+      twice = lambda y: jnp.concatenate([y, y])
+      onto = project(starts, twice(normal), twice(offset), norm) - starts
+      from_here, from_image = jnp.split(onto, 2)
       near = jnp.maximum(ball.norm(from_here), 1e-8)
       far = jnp.maximum(ball.norm(from_image), 1e-8)
       weight = wide(jnp.minimum(near / (near + far), pull))
       x = (1 - weight) * (x + overshoot * from_here)
       x = jnp.clip(x + weight * (images + overshoot * from_image), 0, 1)
-
-      fooled = logits_fn(x).argmax(-1) != labels
-      distance = ball.norm(x - images)
-      closer = fooled & (distance < state.distance)
       return _State(
         step=state.step + 1,
-        here=jnp.where(wide(fooled), images + backward * (x - images), x),
-        best=jnp.where(wide(closer), x, state.best),
+        candidate=x,
+        best=best,
         distance=jnp.where(closer, distance, state.distance),
       )
 
     far = jnp.full(len(images), jnp.inf)
     state = _State(jnp.int32(0), images, images, far)
-    going = lambda state: (state.step < steps) & (state.distance > eps).any()
+    going = lambda state: (state.step <= steps) & (state.distance > eps).any()
     state = lax.while_loop(going, advance, state)
     return jnp.where(wide(state.distance <= eps), state.best, images)
 
@@ -92,13 +96,13 @@ def fab(
 class _State(NamedTuple):
   """Attributes:
   step: steps done.
-  here: where the next step starts.
+  candidate: where the last step led; at first the image.
   best: the nearest adversarial image so far.
   distance: of that one [N]; infinite where there is none.
   """
 
   step: jax.Array
-  here: jax.Array
+  candidate: jax.Array
   best: jax.Array
   distance: jax.Array
 

@@ -52,18 +52,20 @@ def square(
     wide = lambda x: x[:, None, None, None]
 
     def advance(state):
-      x = propose(state.images, state.query, fold(keys, state.query + 1))
-      margin = margin_of(x)
+      margin = margin_of(state.candidate)
       better = (state.margin < 0) & (margin > state.margin)
+      images = jnp.where(wide(better), state.candidate, state.images)
       return _State(
         query=state.query + 1,
-        images=jnp.where(wide(better), x, state.images),
+        candidate=propose(images, state.query, fold(keys, state.query + 1)),
+        images=images,
         margin=jnp.where(better, margin, state.margin),
       )
 
     first = start(fold(keys, 0))
-    state = _State(jnp.int32(0), first, margin_of(first))
-    going = lambda s: (s.query < queries) & (s.margin < 0).any()
+    nothing = jnp.full(len(images), -jnp.inf)
+    state = _State(jnp.int32(0), first, first, nothing)
+    going = lambda s: (s.query <= queries) & (s.margin < 0).any()
     return lax.while_loop(going, advance, state).images
 
   return ClassifierAttack(restarts, queries + 1, eps, norm, run)
@@ -71,12 +73,14 @@ def square(
 
 class _State(NamedTuple):
   """Attributes:
-  query: queries done.
+  query: queries done; the first is the start's.
+  candidate: what the next query is about.
   images: the best so far.
   margin: theirs [N].
   """
 
   query: jax.Array
+  candidate: jax.Array
   images: jax.Array
   margin: jax.Array
 
