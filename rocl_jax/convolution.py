@@ -12,6 +12,7 @@ flipped, transposed kernel; as the weights do not change while an attack runs,
 `frozen_conv` takes that kernel as well, made once outside the loop. Strides
 and few channels have forms of their own, as has the gradient of a 1x1 kernel.
 The choice falls where the program is lowered: GPUs and TPUs keep XLA's own.
+There, wide 3x3 layers of attacks are `winograd`'s.
 """
 
 import functools
@@ -19,6 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from rocl_jax import winograd
 
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 _FEW = 8  # channels, a vector register of the CPU
@@ -99,12 +102,20 @@ def flip(kernel: jax.Array) -> jax.Array:
   return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
-def _frozen(images, kernel, stride):
-  """`plain_conv`, but for the first layer on CPUs."""
-  if stride > 1 or images.shape[-1] >= _FEW:
+def _frozen(images, kernel, stride, transformed):
+  """`plain_conv`, but for the first layer and the wide ones on CPUs."""
+  if stride == 1 and images.shape[-1] < _FEW:
+    return lax.platform_dependent(
+      images, kernel, cpu=_from_few_channels, default=plain_conv
+    )
+  if stride > 1 or transformed is None:
     return plain_conv(images, kernel, stride)
   return lax.platform_dependent(
-    images, kernel, cpu=_from_few_channels, default=plain_conv
+    images,
+    kernel,
+    transformed,
+    cpu=lambda x, _, t: winograd.convolve(x, t),
+    default=lambda x, w, _: plain_conv(x, w),
   )
 
 
@@ -134,7 +145,11 @@ def _from_few_channels(images, kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def frozen_conv(
-  images: jax.Array, kernel: jax.Array, flipped: jax.Array, stride: int
+  images: jax.Array,
+  kernel: jax.Array,
+  flipped: jax.Array,
+  stride: int,
+  transformed: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> jax.Array:
   """`conv` with a constant kernel: only the images get a gradient.
 
@@ -143,25 +158,34 @@ def frozen_conv(
     kernel: [k, k, C_in, C_out].
     flipped: `flip(kernel)`, computed outside the loop that calls this.
     stride: 1 or 2.
+    transformed: `winograd.transform` of both, computed there as well.
   """
   del flipped
-  return _frozen(images, kernel, stride)
+  return _frozen(images, kernel, stride, transformed[0])
 
 
-def _forward(images, kernel, flipped, stride):
-  return _frozen(images, kernel, stride), (kernel, flipped, images.shape)
+def _forward(images, kernel, flipped, stride, transformed):
+  y = _frozen(images, kernel, stride, transformed[0])
+  return y, (kernel, flipped, transformed[1], images.shape)
 
 
 def _backward(stride, residuals, cotangent):
-  kernel, flipped, shape = residuals
+  kernel, flipped, transformed, shape = residuals
+
+  def on_cpu(g, k, f, t):
+    if stride == 1 and t is not None:
+      return winograd.convolve(g, t)
+    return _input_gradient(g, k, f, stride, shape)
+
   gradient = lax.platform_dependent(
     cotangent,
     kernel,
     flipped,
-    cpu=lambda g, k, f: _input_gradient(g, k, f, stride, shape),
-    default=lambda g, k, _: _native_gradient(g, k, stride, shape),
+    transformed,
+    cpu=on_cpu,
+    default=lambda g, k, *_: _native_gradient(g, k, stride, shape),
   )
-  return gradient, None, None
+  return gradient, None, None, None
 
 
 def _native_gradient(cotangent, kernel, stride, shape):

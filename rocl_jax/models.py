@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rocl_jax import batchnorm, convolution
+from rocl_jax import batchnorm, convolution, winograd
 from rocl_jax.settings import one_of, within
 from rocl_jax.trees import flatten
 
@@ -101,7 +101,11 @@ class FrozenConvNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     params = self.variables['params']
     y = convolution.frozen_conv(
-      x.astype(self.dtype), params['kernel'], params['flipped'], self.stride
+      x.astype(self.dtype),
+      params['kernel'],
+      params['flipped'],
+      self.stride,
+      params['transformed'],
     )
     return y + params['bias']
 
@@ -113,9 +117,11 @@ def fold(params: Params, batch_stats: Params, dtype: Any) -> Params:
   gain = params['scale'] * lax.rsqrt(batch_stats['var'] + batchnorm.EPSILON)
   kernel = (params['kernel'] * gain).astype(dtype)
   bias = (params['bias'] - batch_stats['mean'] * gain).astype(dtype)
+  flipped = convolution.flip(kernel)
   return {
     'kernel': kernel,
-    'flipped': convolution.flip(kernel),
+    'flipped': flipped,
+    'transformed': tuple(map(winograd.transform, (kernel, flipped))),
     'bias': bias,
   }
 

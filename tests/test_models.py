@@ -1,12 +1,14 @@
 """Networks, and the form of them that attacks see."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rocl_jax import batchnorm, compiled, convolution, models
+from rocl_jax import batchnorm, compiled, convolution, models, winograd
 from rocl_jax.trees import flatten
 
 
@@ -66,6 +68,40 @@ def test_convolutions_have_the_gradients_of_a_plain_one(size, stride, inputs):
     for name, gradient in found.items():
       for actual, plain in zip(gradient, wanted, strict=False):
         np.testing.assert_allclose(actual, plain, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('extents', [(8, 6), (7, 4), (5, 7), (1, 2)])
+@pytest.mark.parametrize('channels', [(128, 128), (128, 160)])
+def test_winograd_computes_what_a_plain_convolution_does(extents, channels):
+  keys = jax.random.split(jax.random.key(0), 3)
+  images = jax.random.normal(keys[0], (2, *extents, channels[0]))
+  kernel = jax.random.normal(keys[1], (3, 3, *channels)) / 30
+  cotangent = jax.random.normal(keys[2], (2, *extents, channels[1]))
+  flipped = convolution.flip(kernel)
+  transformed = tuple(map(winograd.transform, (kernel, flipped)))
+  assert transformed[0].shape == (16, *channels)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(conv, x):
+    y, pullback = jax.vjp(conv, x)
+    return y, pullback(cotangent)[0]
+
+  frozen = lambda x: convolution.frozen_conv(x, kernel, flipped, 1, transformed)
+  plain = lambda x: convolution.plain_conv(x, kernel)
+  if jax.default_backend() == 'cpu':  # a product, and no convolution
+    assert 'convolution' not in run.lower(frozen, images).as_text()
+  for found, wanted in zip(
+    run(frozen, images), run(plain, images), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_winograd_is_for_float32_and_many_channels():
+  kernel = jnp.zeros((3, 3, 128, 128))
+  assert winograd.transform(kernel.astype(jnp.bfloat16)) is None
+  assert winograd.transform(kernel[:, :, :127]) is None
+  assert winograd.transform(kernel[..., :127]) is None
+  assert winograd.transform(kernel[:1, :1]) is None
 
 
 @pytest.mark.parametrize('shape', [(8, 6, 6, 5), (3, 5, 7, 2)])
