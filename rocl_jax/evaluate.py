@@ -141,10 +141,13 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
     raise UserError(
       f'--config: get_config gives {config!r:.40}, wanted a ConfigDict'
     )
+  if not model_folders:
+    raise UserError('--model: names no folder')
   values = config.copy_and_resolve_references().to_dict()
   settings = parse(Settings, values, 'config')
   load = functools.partial(saved.load, dtype=settings.dtype)
-  models = [load(folder, '--model') for folder in model_folders]
+  loaded = [load(folder, '--model') for folder in model_folders]
+  models = list({one.folder: one for one in loaded}.values())
   surrogates = [
     load(folder, 'config.transfer.surrogates')
     for folder in settings.transfer.surrogates
@@ -165,6 +168,7 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
     ]
 
   found = Evaluation([], [], {})
+  names = saved.names(models)
   for one in models:
     records = results.evaluate_model(
       one.folder,
@@ -193,7 +197,7 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
       )
       checks = more + checks
     found.records.extend(records)
-    found.checks[one.name] = checks
+    found.checks[names[one.folder]] = checks
     _write_audit(one, settings, next(iter(splits)), checks, curves)
   if surrogates or settings.transfer.matrix:
     transfers, by_target = transfer.run(
@@ -208,8 +212,8 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
       models[0].folder.parent / 'transfer.json',
     )
     found.transfers.extend(transfers)
-    for name, more in by_target.items():
-      found.checks[name].extend(more)
+    for folder, more in by_target.items():
+      found.checks[names[folder]].extend(more)
   return found
 
 

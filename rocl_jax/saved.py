@@ -5,6 +5,7 @@ logits = network(model.network).predict(model.variables, images)
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +94,16 @@ def load(folder: str, field: str, dtype: str = '') -> Saved:
     )
   name = f'{about["run"]}/{about["stage"]}'
   return Saved(field, path, name, which, variables, about)
+
+
+def names(saved: Sequence[Saved]) -> dict[epath.Path, str]:
+  """Names by folder, with as much of its path as tells two apart."""
+  named = {model.folder: model.name for model in saved}
+  short = list(named.values())
+  return {
+    folder: name if short.count(name) == 1 else f'{name} ({folder})'
+    for folder, name in named.items()
+  }
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def run(
   seed: int,
   unmasked: bool,
   path: epath.Path,
-) -> tuple[list[Record], dict[str, list[audit.Check]]]:
+) -> tuple[list[Record], dict[epath.Path, list[audit.Check]]]:
   """Scores every target on every source's adversarial images, and its own.
 
   Args:
@@ -56,15 +56,16 @@ def run(
       is not done again.
 
   Returns:
-    The records, and for each target that the white box beats every transfer.
+    The records, and for each target's folder the checks that its white box
+    beats every transfer.
 
   Raises:
     UserError: a target without masks where `unmasked` asks for it.
   """
-  names = _names([*targets, *sources])
+  names = saved.names([*targets, *sources])
   known = read_json(path, list) if path.exists() else []
   asked: list[Record] = []
-  checks: dict[str, list[audit.Check]] = {}
+  checks: dict[epath.Path, list[audit.Check]] = {}
   for target in targets:
     forms = [(True, target.variables)]
     if unmasked:
@@ -103,7 +104,7 @@ def run(
               write_json(path, known)
             rows += found
         asked += rows
-        checks.setdefault(target.name, []).extend(_check(rows))
+        checks.setdefault(target.folder, []).extend(_check(rows))
   return asked, checks
 
 
@@ -172,15 +173,3 @@ def _identity(model: Saved) -> Record:
 
 def _same(a: Any, b: Record) -> bool:
   return isinstance(a, dict) and all(a.get(k) == b[k] for k in _IDENTITY)
-
-
-def _names(models: Sequence[Saved]) -> dict[epath.Path, str]:
-  """Short names; with the folder of the run where two would be the same."""
-  folders = {m.folder: m.name for m in models}
-  short = list(folders.values())
-  return {
-    folder: name
-    if short.count(name) == 1
-    else f'{name} ({folder.parent.parent.name})'
-    for folder, name in folders.items()
-  }

@@ -124,7 +124,7 @@ def _ascend(measure, images, keys, *, eps, steps, norm):
 
     # At the start there is nothing to look back on.
     started = state.step > 0
-    window = jnp.where(started, windows[state.step - 1], 0)
+    window = windows[state.step]
     ups = state.ups + (started & (point.value > state.last_value))
     stuck = ~state.reduced & (state.best_at_check >= best.value)
     reduce = (window > 0) & ((ups <= _ENOUGH_UPS * window) | stuck)
@@ -218,12 +218,12 @@ def _where(choose: jax.Array, new: _Point, old: _Point) -> _Point:
 
 
 def _windows(steps: int) -> np.ndarray:
-  """At each checkpoint the number of steps since the one before; 0 between."""
+  """By steps done: at a checkpoint those since the one before, else 0."""
   share = lambda fraction: max(int(fraction * steps), 1)
-  windows = np.zeros(steps, np.int32)
+  windows = np.zeros(steps + 1, np.int32)
   length, at = share(0.22), 0
   while at + length <= steps:
     at += length
-    windows[at - 1] = length
+    windows[at] = length
     length = max(length - share(0.03), share(0.06))
   return windows

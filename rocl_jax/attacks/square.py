@@ -86,9 +86,9 @@ class _State(NamedTuple):
 
 
 def _sizes(queries, share, height, width, smallest, odd):
-  """The side of the square of each query, int32 [queries], in NumPy."""
-  sizes = np.empty(queries, np.int32)
-  for query in range(queries):
+  """The side of the square after so many queries, in NumPy [queries + 1]."""
+  sizes = np.empty(queries + 1, np.int32)
+  for query in range(queries + 1):
     covered = share / 2 ** sum(query > h for h in _HALVINGS)
     side = max(round(math.sqrt(covered * height * width)), smallest)
     if odd and side % 2 == 0:
@@ -148,10 +148,11 @@ def _l2(images, eps, queries, share):
   by_query = _sizes(queries, share, height, width, smallest=3, odd=True)
   kinds, kind = np.unique(by_query, return_inverse=True)
   sizes, kind_of = jnp.asarray(by_query), jnp.asarray(kind)
-  padded = np.zeros((len(kinds), height, width), np.float32)
+  most = kinds.max()
+  padded = np.zeros((len(kinds), most, most), np.float32)
   for i, side in enumerate(kinds):
     padded[i, :side, :side] = _bump(side)
-  bumps = jnp.asarray(padded)
+  bumps = jnp.asarray(padded.reshape(-1))
   norm = BALLS['l2'].norm
   wide = lambda x: x[:, None, None, None]
 
@@ -189,10 +190,15 @@ def _l2(images, eps, queries, share):
       & _window(column, side, width)[:, None]
     )[..., None]
     into, out_of = mark(*corners[:2]), mark(*corners[2:])
-    bump = bumps[kind_of[query]]
-    tilted = jnp.where((uniform[:, 4] > 0.5)[:, None, None], bump.T, bump)
-    place = jax.vmap(lambda b, row, column: jnp.roll(b, (row, column), (0, 1)))
-    bump = place(tilted, *corners[:2])[..., None]
+    # Each pixel looks its value up: outside of the window any will do.
+    place = lambda length, first: jnp.clip(
+      jnp.arange(length)[None] - first[:, None], 0, most - 1
+    )
+    down = place(height, corners[0])[:, :, None]
+    across = place(width, corners[1])[:, None]
+    tilted = (uniform[:, 4] > 0.5)[:, None, None]
+    entry = jnp.where(tilted, across * most + down, down * most + across)
+    bump = bumps[kind_of[query] * most**2 + entry][..., None]
     bump = bump * _signs(uniform[:, 5:])[:, None, None]
 
     delta = x - images
