@@ -106,8 +106,12 @@ class Settings:
     within('seed', self.seed, 0, 2**32 - 1)
     one_of('split', self.split, ('test', 'validation'))
     one_of('dtype', self.dtype, ('', 'float32', 'bfloat16'))
-    if self.transfer.matrix and self.data.source == CORRUPTIONS:
+    transfer = self.transfer
+    if transfer.matrix and self.data.source == CORRUPTIONS:
       raise FieldError('transfer.matrix', True, f'False with {CORRUPTIONS}')
+    if transfer.unmasked and not (transfer.surrogates or transfer.matrix):
+      wanted = 'False, or transfer.surrogates to attack from'
+      raise FieldError('transfer.unmasked', True, wanted)
 
 
 class Evaluation(NamedTuple):
@@ -156,6 +160,10 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
   for one in (*models, *surrogates):
     one.check_images(models[0])
   evaluation.check_targets(settings.eval, len(models[0].class_names))
+  for one in models:
+    _check_folder(one.folder.parent)
+    if settings.transfer.unmasked:
+      transfer.dense_variables(one)
   devices = mesh.make_mesh()
 
   @functools.cache  # models of one architecture share what is compiled
@@ -246,12 +254,36 @@ def _images(
       f'config.data: its classes are {", ".join(class_names)}, the '
       f"model's are {', '.join(model.class_names)}"
     )
+  for name, split in splits.items():
+    shape = list(split.images.shape[1:])
+    if len(split.labels) and shape != model.about['image_shape']:
+      raise UserError(
+        f'config.data: {name} images are {shape}, the model is for '
+        f'{model.about["image_shape"]}'
+      )
   splits = evaluation.cut(splits, settings.eval.examples)
   if not splits:
     raise UserError(
       f'config.split: the model was trained without {settings.split} images'
     )
   return splits, about
+
+
+def _check_folder(folder):
+  """Raises UserError unless results can be read and written beside a model."""
+  from rocl_jax.files import read_json
+
+  for name in ('results.json', 'audit.json', 'transfer.json'):
+    if (folder / name).exists():
+      read_json(folder / name, list)
+  probe = folder / '.writable'
+  try:
+    probe.write_text('')
+    probe.unlink()
+  except OSError as e:
+    raise UserError(
+      f'--model: results go to {folder}, which can not be written: {e.strerror}'
+    ) from None
 
 
 def _write_audit(model, settings, split, checks, curves):

@@ -7,6 +7,7 @@ percent.
 
 import hashlib
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -31,8 +32,10 @@ Record = dict[str, Any]
 # A newer record replaces the one that agrees with it in these.
 _IDENTITY = (
   *('run', 'stage', 'selection', 'split', 'n'),
-  *('attack', 'norm', 'eps', 'dtype'),
+  *('attack', 'norm', 'eps', 'dtype', 'images_crc32'),
 )
+# Which number a record is, at the least.
+_NAMES = ('run', 'stage', 'selection', 'split', 'n', 'attack', 'eps')
 _ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
 
@@ -137,12 +140,19 @@ def _protocol(
   return (
     {k: about[k] for k in model}
     | {'split': name, 'n': len(split.labels)}
+    | {'images_crc32': crc32(split)}
     | {'attack': attack.name}
     | attack.protocol
     | {'seed': seed, 'eval_batch_size': evaluator.batch_size}
     | {'dtype': about['config']['model']['dtype']}
     | {'matmul_precision': 'highest'}
   )
+
+
+def crc32(split: Split) -> str:
+  """Tells the images and labels of one data set from those of another."""
+  value = zlib.crc32(np.ascontiguousarray(split.images).data)
+  return f'{zlib.crc32(np.ascontiguousarray(split.labels).data, value):08x}'
 
 
 def _twin(records: list[Record], protocol: Record) -> Record | None:
@@ -293,7 +303,7 @@ def read(path: epath.Path) -> list[Record]:
     return []
   records = read_json(path, list)
   for record in records:
-    if not isinstance(record, dict) or not set(_IDENTITY) <= record.keys():
+    if not isinstance(record, dict) or not set(_NAMES) <= record.keys():
       raise UserError(f'{path}: found {record!r:.40}, wanted a record')
   return records
 

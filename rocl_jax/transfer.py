@@ -70,18 +70,18 @@ def run(
     forms = [(True, target.variables)]
     if unmasked:
       forms.append((False, dense_variables(target)))
-    around = {s.folder: s for s in (target, *sources)}.values()
+    around = [target]
+    for source in sources:  # each set of weights once
+      if _identity(source) not in map(_identity, around):
+        around.append(source)
     for attack in attacks:
       for split_name, split in splits.items():
         rows = []
         for masked, variables in forms:
           for source in around:
-            record = {
+            record: Record = {
               'source': _identity(source),
               'target': _identity(target),
-              'source_name': names[source.folder],
-              'target_name': names[target.folder],
-              'white_box': source is target and masked,
               'masked': masked,
               'attack': attack.name,
               **attack.protocol,
@@ -89,20 +89,29 @@ def run(
               'n': len(split.labels),
               'seed': seed,
               'dtype': target.network.settings.dtype,
+              'source_dtype': source.network.settings.dtype,
+              'images_crc32': results.crc32(split),
             }
-            found = [r for r in known if _same(r, record)]
-            if not found:
+            found = [r for r in known if _has(r, record)]
+            if found:
+              record = dict(found[0])
+            else:
               target.say(
-                f'{attack.name} from {record["source_name"]}'
+                f'{attack.name} from {names[source.folder]}'
                 + ('' if masked else ', scored without masks')
               )
               record |= _score(
                 target, variables, source, attack, split, mesh, batch_size, seed
               )
-              found = [record]
-              known.append(record)
-              write_json(path, known)
-            rows += found
+            # Names belong to this call, whoever measured the number.
+            record |= {
+              'source_name': names[source.folder],
+              'target_name': names[target.folder],
+              'white_box': source is target and masked,
+            }
+            known = [r for r in known if not _replaced(r, record)] + [record]
+            write_json(path, known)
+            rows.append(record)
         asked += rows
         checks.setdefault(target.folder, []).extend(_check(rows))
   return asked, checks
@@ -171,5 +180,13 @@ def _identity(model: Saved) -> Record:
   return {k: model.about[k] for k in keys}
 
 
-def _same(a: Any, b: Record) -> bool:
-  return isinstance(a, dict) and all(a.get(k) == b[k] for k in _IDENTITY)
+def _has(record: Any, wanted: Record) -> bool:
+  """Whether a record on disk was measured just so."""
+  return isinstance(record, dict) and wanted.items() <= record.items()
+
+
+def _replaced(old: Any, new: Record) -> bool:
+  """Whether they are the same number, however measured."""
+  return not isinstance(old, dict) or all(
+    old.get(k) == new[k] for k in _IDENTITY
+  )

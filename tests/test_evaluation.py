@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.sharding import Mesh
+from PIL import Image
 
 from configs import eval as eval_configs
 from configs import quickstart
@@ -299,6 +300,8 @@ def test_common_corruptions(tmp_path):
     ('quick', {'audit__examples': 300}, 'config.audit.examples: found 300'),
     ('transfer', {}, 'config.transfer.surrogates: /'),
     ('quick', {'data__source': 'cifar10'}, 'config.data.source: found'),
+    ('quick', {'transfer__unmasked': True}, 'config.transfer.unmasked: found'),
+    ('quick', {'eval__attacks__pgd10__steps': 3 * 10**9}, 'steps: found'),
   ],
 )
 def test_a_mistake_is_named(folder, suite, changes, message):
@@ -314,3 +317,35 @@ def test_networks_of_other_images_are_refused(folder, tmp_path):
   )  # fmt: skip
   with pytest.raises(UserError, match='image_shape'):
     evaluate(config_of('quick'), [folder, other])
+
+
+def test_other_images_or_another_protocol_are_measured_anew(folder, tmp_path):
+  """Neither a record nor a transfer is taken for what was not measured so."""
+  first = evaluate(config_of('quick'), [folder]).records
+  images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+  for number, name in enumerate(digits.read('').class_names):
+    for part in ('train', 'test'):
+      place = tmp_path / 'noise' / part / name
+      place.mkdir(parents=True)
+      for i in range(2):
+        image = Image.fromarray(images[2 * number + i])
+        image.save(place / f'{i}.png')
+  noise = config_of(
+    'quick', data__source='folder', data__dir=str(tmp_path / 'noise')
+  )
+  (other,) = evaluate(noise, [folder]).records
+  assert other['images_crc32'] != first[0]['images_crc32']
+  config = config_of('quick', transfer__surrogates=(folder,))
+  one = evaluate(config, [folder]).transfers
+  assert [r['white_box'] for r in one] == [True]  # it is its own surrogate
+  config.eval.attacks.pgd10.steps = 1
+  (weaker,) = evaluate(config, [folder]).transfers
+  assert weaker['steps'] == 1 and weaker['robust_top1'] >= one[0]['robust_top1']
+  (record,) = evaluate(config, [folder]).records
+  assert record['robust_top1'] == weaker['robust_top1']
+  noise.data.dir = str(tmp_path / 'large')
+  (tmp_path / 'noise').rename(tmp_path / 'large')
+  for path in (tmp_path / 'large').rglob('*.png'):
+    Image.fromarray(images[0]).resize((16, 16)).save(path)
+  with pytest.raises(UserError, match='the model is for'):
+    evaluate(noise, [folder])

@@ -10,7 +10,7 @@ from jax import lax
 from rocl_jax import losses
 from rocl_jax.attacks.balls import BALLS, check_ball, draw
 from rocl_jax.attacks.classifier import ClassifierAttack, fold, ranked_class
-from rocl_jax.settings import FieldError, at_least, one_of
+from rocl_jax.settings import FieldError, at_least, one_of, within
 
 LOSSES = {'ce': losses.cross_entropy, 'dlr': losses.dlr}
 _MOMENTUM = 0.25  # the share of the last displacement in the next
@@ -43,11 +43,11 @@ def apgd(
     norm: 'linf' or 'l2'.
     restarts: turns from different starts where there are no targets.
     samples: gradients to average at each point, for networks that draw random
-      numbers: their logits function then takes (images, key).
+      numbers: their logits function then takes (images, key), of a batch one.
   """
   check_ball(eps, norm)
   one_of('loss', loss, LOSSES)
-  at_least('steps', steps, 1)
+  within('steps', steps, 1, 10**6)
   at_least('targets', targets, 0)
   at_least('restarts', restarts, 1)
   at_least('samples', samples, 1)
@@ -63,7 +63,13 @@ def apgd(
     else:
       values = lambda z: LOSSES[loss](z, labels)
     measure = _measure(logits_fn, values, labels, samples)
-    return _ascend(measure, images, keys, eps=eps, steps=steps, norm=norm)
+    return _ascend(
+      *(measure, images, keys),
+      eps=eps,
+      steps=steps,
+      norm=norm,
+      stop_early=samples == 1,
+    )
 
   passes = 2 * (steps + 1) * samples
   return ClassifierAttack(targets or restarts, passes, eps, norm, run)
@@ -111,7 +117,7 @@ class _State(NamedTuple):
   best_at_check: jax.Array
 
 
-def _ascend(measure, images, keys, *, eps, steps, norm):
+def _ascend(measure, images, keys, *, eps, steps, norm, stop_early):
   ball = BALLS[norm]
   windows = jnp.asarray(_windows(steps))
   n = len(images)
@@ -170,7 +176,9 @@ def _ascend(measure, images, keys, *, eps, steps, norm):
     reduced=jnp.ones(n, bool),
     best_at_check=nothing,
   )
-  going = lambda state: (state.step <= steps) & ~state.fooled.all()
+  # Where the network draws random numbers, one lucky draw proves little.
+  done = lambda state: stop_early & state.fooled.all()
+  going = lambda state: (state.step <= steps) & ~done(state)
   state = lax.while_loop(going, advance, state)
   return jnp.where(wide(state.fooled), state.adversarial, state.best.images)
 

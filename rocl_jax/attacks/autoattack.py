@@ -162,7 +162,7 @@ def _check(images: np.ndarray, labels: np.ndarray) -> None:
   if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
     found = f'{images.dtype} {images.shape}'
     raise FieldError('images', found, 'floats [N, H, W, C]')
-  if not len(images) or images.min() < 0 or images.max() > 1:
+  if not (len(images) and images.min() >= 0 and images.max() <= 1):  # NaN too
     raise FieldError('images', images.shape, 'values in [0, 1]')
   if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
     found = f'{labels.dtype} {labels.shape}'

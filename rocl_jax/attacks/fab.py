@@ -13,7 +13,7 @@ from jax import lax
 
 from rocl_jax.attacks.balls import BALLS, check_ball
 from rocl_jax.attacks.classifier import ClassifierAttack, ranked_class
-from rocl_jax.settings import at_least
+from rocl_jax.settings import at_least, within
 
 
 def fab(
@@ -41,7 +41,7 @@ def fab(
       (beta).
   """
   check_ball(eps, norm)
-  at_least('steps', steps, 1)
+  within('steps', steps, 1, 10**6)
   at_least('targets', targets, 1)
   ball = BALLS[norm]
   wide = lambda x: x[:, None, None, None]

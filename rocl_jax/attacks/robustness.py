@@ -6,7 +6,8 @@
 A turn of an attack is one compiled program for each batch size, and each
 device runs its own part of the batch. Every image counts exactly once: a batch
 is filled up, and the filling is cut off. Each image has random numbers of its
-own, so neither batch size nor number of devices decides its fate.
+own, so neither batch size nor number of devices decides whether it breaks, but
+for rounding; which of several images that break it is kept, they may.
 """
 
 import zlib

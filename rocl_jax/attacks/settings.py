@@ -11,7 +11,7 @@ from rocl_jax.attacks import ATTACKS
 from rocl_jax.attacks.balls import check_ball
 from rocl_jax.attacks.pgd import STARTS
 from rocl_jax.errors import UserError
-from rocl_jax.settings import FieldError, at_least, bind, one_of
+from rocl_jax.settings import FieldError, at_least, bind, one_of, within
 
 _BY_CALLER = ('objective', 'images', 'key')
 
@@ -58,6 +58,5 @@ def _check(keywords: Mapping[str, Any]) -> None:
   check_ball(keywords.get('eps', 0), keywords.get('norm', 'linf'))
   if 'start' in keywords:
     one_of('start', keywords['start'], STARTS)
-  for field in ('step_size', 'steps'):
-    if field in keywords:
-      at_least(field, keywords[field], 0)
+  at_least('step_size', keywords.get('step_size', 0), 0)
+  within('steps', keywords.get('steps', 0), 0, 10**6)

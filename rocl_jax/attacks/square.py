@@ -39,7 +39,7 @@ def square(
     restarts: turns.
   """
   check_ball(eps, norm)
-  at_least('queries', queries, 1)
+  within('queries', queries, 1, 10**6)
   at_least('restarts', restarts, 1)
   within('share', share, 0, 1)
   proposals = _linf if norm == 'linf' else _l2
