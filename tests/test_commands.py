@@ -208,7 +208,7 @@ def test_a_saved_model_can_be_evaluated_again(call, finished):
     assert record['eps'] == 0.05 and record['n'] == 100
     assert record['sparsity'] == trained['sparsity']
   again = call(*arguments)
-  assert 'test images' not in again.stderr  # it was all there
+  assert '100 test images, last' not in again.stderr  # it was all there
   call('-m', 'rocl_jax.report', workdir)
   assert 'pgd20' in (workdir / 'report.md').read_text()
 
