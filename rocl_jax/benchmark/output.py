@@ -206,8 +206,10 @@ def _scaling(records):
 def _autoattack(records):
   head = ['attack', 'robust images', 'official', 'seconds', 'official']
   head += ['times as long', 'seconds with compilation']
+  clocks = ('seconds', 'official_seconds', 'seconds_with_compilation')
   lines = []
   for r in records:
+    sums = {k: sum(a[k] for a in r['attacks']) for k in clocks}
     rows = [
       [
         a['attack'],
@@ -218,24 +220,8 @@ def _autoattack(records):
         f'{a["official_seconds"] / a["seconds"]:.2f}',
         f'{a["seconds_with_compilation"]:.1f}',
       ]
-      for a in r['attacks']
+      for a in (*r['attacks'], r['attacks'][-1] | sums | {'attack': 'all'})
     ]
-    total = {
-      k: sum(a[k] for a in r['attacks'])
-      for k in ('seconds', 'official_seconds', 'seconds_with_compilation')
-    }
-    last = r['attacks'][-1]
-    rows.append(
-      [
-        'all',
-        str(last['robust']),
-        str(last['official_robust']),
-        f'{total["seconds"]:.1f}',
-        f'{total["official_seconds"]:.1f}',
-        f'{total["official_seconds"] / total["seconds"]:.2f}',
-        f'{total["seconds_with_compilation"]:.1f}',
-      ]
-    )
     lines += [
       f'## {r["network"]}',
       '',
