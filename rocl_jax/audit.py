@@ -28,7 +28,7 @@ from rocl_jax import compiled, losses
 from rocl_jax.attacks import ensemble
 from rocl_jax.attacks.classifier import fold, image_keys
 from rocl_jax.attacks.pgd import ascend, start_noise
-from rocl_jax.attacks.robustness import Forwards
+from rocl_jax.attacks.robustness import Forwards, check_images, check_logits
 
 MOST_IMAGES = 256
 EPS_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -79,6 +79,8 @@ def audit(
   if mesh is None:
     mesh = Mesh(np.array(jax.devices()[:1]), ('data',))
   images, labels = np.asarray(images), np.asarray(labels)
+  check_images(images, labels)
+  check_logits(lambda x: forwards(variables)[1](x), images, labels)
   checks = _network(forwards, variables, images, labels)
   more, curves = _attacks(
     forwards, variables, images, labels, eps, norm, mesh, seed
@@ -328,7 +330,7 @@ def of_records(records: Sequence[Record]) -> list[Check]:
 def _one_record(record: Record) -> list[Check]:
   name, n = f'{record["attack"]} on {record["split"]}', record['n']
   clean, robust = record['clean_top1'], record['robust_top1']
-  counted = sum(map(sum, record['confusion']))
+  counted = min(sum(map(sum, record['confusion'])), record['counted'])
   eps = record['eps'] or 0.0  # none without an attack
   checks = [
     Check(
@@ -342,6 +344,12 @@ def _one_record(record: Record) -> list[Check]:
       counted == n,
       f'{counted} of {n}',
       str(n),
+    ),
+    Check(
+      f'{name}: the network confirms what fooled its folded form',
+      100 * record['disputed'] / n <= chance(n),
+      f'{record["disputed"]} of {n} images are disputed',
+      f'at most {chance(n):.2f} %',
     ),
     Check(
       f'{name}: every adversarial image is in [0, 1]',

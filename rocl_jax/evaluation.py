@@ -26,7 +26,14 @@ from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.data import Split
 from rocl_jax.errors import UserError
 from rocl_jax.models import Model
-from rocl_jax.settings import FieldError, at_least, bind, one_of, with_defaults
+from rocl_jax.settings import (
+  FieldError,
+  at_least,
+  bind,
+  one_of,
+  parse,
+  with_defaults,
+)
 from rocl_jax.types import Variables
 
 
@@ -132,6 +139,17 @@ class Settings:
   suite: tuple[str, ...]
   attacks: EvaluationAttacks
   ensembles: dict
+
+  @classmethod
+  def parse(cls, section: Any, where: str) -> 'Settings':
+    """Reads the section: the ball first, which the attacks follow.
+
+    Raises:
+      UserError: an unknown or missing field, a wrong type or value.
+    """
+    ball = {k: v for k, v in dict(section).items() if k in ('eps', 'norm')}
+    parse(check_ball, ball, where)
+    return parse(cls, section, where)
 
   def __post_init__(self):
     check_ball(self.eps, self.norm)

@@ -36,6 +36,8 @@ _IDENTITY = (
 )
 # Which number a record is, at the least.
 _NAMES = ('run', 'stage', 'selection', 'split', 'n', 'attack', 'eps')
+# What an audit reads; an earlier version's record may not have it.
+_AUDITED = {'confusion', 'largest_outside', 'counted', 'disputed'}
 _ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
 
@@ -80,7 +82,7 @@ def evaluate_model(
       protocol = _protocol(about, evaluator, name, split, seed)
       protocol |= about_splits.get(name, {})
       protocol['dtype'] = dtype or protocol['dtype']
-      found = [r for r in records if protocol.items() <= r.items()]
+      found = [r for r in records if _answers(r, protocol)]
       if not found:
         new = _twin(records, protocol)
         if new is None:
@@ -155,11 +157,16 @@ def crc32(split: Split) -> str:
   return f'{zlib.crc32(np.ascontiguousarray(split.labels).data, value):08x}'
 
 
+def _answers(record: Record, protocol: Record) -> bool:
+  """Whether a record is of this protocol, and has all that an audit reads."""
+  return protocol.items() <= record.items() and _AUDITED <= record.keys()
+
+
 def _twin(records: list[Record], protocol: Record) -> Record | None:
   """The record of the same weights under another selection, if there is one."""
   same = {k: v for k, v in protocol.items() if k != 'selection'}
   for record in records:
-    if same.items() <= record.items():
+    if _answers(record, same):
       return record | {'selection': protocol['selection']}
   return None
 
@@ -188,6 +195,7 @@ def _measured(
     | ({'members': members} if members else {})
     | {'largest_distance': float(np.max(outcome.distance))}
     | {'largest_outside': float(np.max(outcome.outside))}
+    | {'counted': outcome.counted, 'disputed': int(outcome.disputed.sum())}
     | by_class(outcome, split.labels, about['class_names'])
     | {'sparsity': about['sparsity']}
     | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}

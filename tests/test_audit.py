@@ -121,15 +121,29 @@ def test_gradients_of_another_network_are_caught():
 
 
 def test_robust_accuracy_that_grows_with_the_radius_is_caught():
-  """Beyond a pixel value that no training image has, it is always right."""
+  """An image far from all that it knows is taken for the nearest of them."""
 
   def trap(images):
-    far = jnp.abs(images - jnp.round(images, 2)).max((1, 2, 3))
-    label = jax.nn.one_hot(sound(jnp.round(images, 2)).argmax(-1), CLASSES)
-    return sound(images) + jnp.where(far > 0.004, 1e3, 0.0)[:, None] * label
+    distances = jnp.abs(images[:, None] - IMAGES[None]).max((2, 3, 4))
+    label = jax.nn.one_hot(LABELS[distances.argmin(1)], CLASSES)
+    moved = distances.min(1) > 1.2 * EPS
+    return sound(images) + jnp.where(moved, 1e3, 0.0)[:, None] * label
 
-  names = [c.check for c in failed(check(trap, eps=0.003)[0])]
-  assert any('does not grow' in name or 'unbounded' in name for name in names)
+  names = [c.check for c in failed(check(trap)[0])]
+  assert 'robust accuracy does not grow with eps' in names
+
+
+def test_labels_and_images_that_can_not_be_are_told():
+  forwards = lambda _: (sound, sound)
+  for images, labels, problem in [
+    (IMAGES, LABELS + 1, 'labels: found .1 to 4., wanted 0 to 3'),
+    (IMAGES * 255, LABELS, r'wanted values in \[0, 1\]; divide by 255'),
+    (IMAGES * np.nan, LABELS, r'images: found .nan to nan.'),
+    (IMAGES[:, 0], LABELS, 'images: found'),
+    (IMAGES, LABELS[1:], 'labels: found'),
+  ]:
+    with pytest.raises(ValueError, match=problem):
+      audit(forwards, None, images, labels, eps=EPS)
 
 
 def record(**changes):
@@ -147,6 +161,8 @@ def record(**changes):
     'robust_top1': 44.0,
     'largest_distance': 0.03,
     'largest_outside': 0.0,
+    'counted': 1000,
+    'disputed': 0,
     'confusion': [[500, 0], [250, 250]],
     'members': [
       {'attack': 'apgd-ce', 'algorithm': 'apgd', 'robust_top1': 46.0},
@@ -162,6 +178,11 @@ def record(**changes):
     ({}, None),
     ({'clean_top1': 40.0}, 'robust accuracy is not above clean'),
     ({'confusion': [[500, 0], [250, 249]]}, 'each image is counted once'),
+    ({'counted': 999}, 'each image is counted once'),
+    (
+      {'disputed': 3},
+      'the network confirms what fooled its folded form',
+    ),
     ({'largest_outside': 1e-3}, 'every adversarial image is in [0, 1]'),
     ({'largest_distance': 0.0301}, 'every adversarial image is in the ball'),
     ({'robust_top1': 43.7}, 'Square finds no more than attacks by gradients'),

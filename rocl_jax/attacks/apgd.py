@@ -54,6 +54,9 @@ def apgd(
   if targets and loss != 'dlr':
     raise FieldError('loss', loss, "'dlr', the loss with targets")
 
+  # A network that draws random numbers may change its mind.
+  stops = samples == 1
+
   def run(logits_fn, images, labels, keys, turn):
     keys = fold(keys, turn)
     if targets:
@@ -68,11 +71,11 @@ def apgd(
       eps=eps,
       steps=steps,
       norm=norm,
-      stop_early=samples == 1,
+      stop_early=stops,
     )
 
   passes = 2 * (steps + 1) * samples
-  return ClassifierAttack(targets or restarts, passes, eps, norm, run)
+  return ClassifierAttack(targets or restarts, passes, eps, norm, run, stops)
 
 
 class _Point(NamedTuple):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,8 +20,9 @@ from rocl_jax.attacks import robustness
 from rocl_jax.attacks.apgd import apgd
 from rocl_jax.attacks.ensemble import Member
 from rocl_jax.attacks.fab import fab
+from rocl_jax.attacks.robustness import check_images, check_logits
 from rocl_jax.attacks.square import square
-from rocl_jax.settings import FieldError, one_of
+from rocl_jax.settings import one_of
 
 VERSIONS = ('standard', 'rand')
 _TARGETS = 9
@@ -98,7 +98,7 @@ def autoattack(
   Args:
     logits_fn: images [B, H, W, C] -> logits [B, K]; for `version='rand'`
       (images, key) -> logits.
-    images: float [N, H, W, C] in [0, 1].
+    images: float [N, H, W, C] in [0, 1], or uint8.
     labels: int [N].
     eps: radius, in units of the images: 8 / 255.
     norm: 'linf' or 'l2'.
@@ -113,14 +113,14 @@ def autoattack(
     ValueError: images, labels or arguments of the wrong kind.
   """
   images, labels = np.asarray(images), np.asarray(labels)
-  _check(images, labels)
+  check_images(images, labels)
   if mesh is None:
     mesh = Mesh(np.array(jax.local_devices()), ('data',))
   judge = logits_fn
   if version == 'rand':
     judge = lambda x: logits_fn(x, jax.random.key(seed))
+  classes = check_logits(judge, images, labels)
   if attacks is None:
-    classes = _classes(judge, images)
     attacks = members(eps, norm, version, classes)
   forwards = lambda _: (logits_fn, judge)
   measure = robustness.build(attacks, forwards, mesh, batch_size)
@@ -146,24 +146,3 @@ def autoattack(
       for (name, _), count in zip(attacks, outcome.after, strict=True)
     },
   )
-
-
-def _classes(logits_fn: Callable[..., jax.Array], images: np.ndarray) -> int:
-  """The number of classes, from shapes alone."""
-  one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-  logits = jax.eval_shape(logits_fn, one)
-  if getattr(logits, 'ndim', 0) != 2 or logits.shape[0] != 1:
-    found = getattr(logits, 'shape', type(logits).__name__)
-    raise FieldError('logits_fn', found, 'logits [N, K] of images [N, ...]')
-  return logits.shape[1]
-
-
-def _check(images: np.ndarray, labels: np.ndarray) -> None:
-  if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
-    found = f'{images.dtype} {images.shape}'
-    raise FieldError('images', found, 'floats [N, H, W, C]')
-  if not (len(images) and images.min() >= 0 and images.max() <= 1):  # NaN too
-    raise FieldError('images', images.shape, 'values in [0, 1]')
-  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
-    found = f'{labels.dtype} {labels.shape}'
-    raise FieldError('labels', found, f'integers [{len(images)}]')

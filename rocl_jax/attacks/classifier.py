@@ -31,6 +31,7 @@ class ClassifierAttack(NamedTuple):
     run: (logits_fn, images, labels, keys, turn) -> images in the ball and in
       [0, 1]. `logits_fn` maps images [N, H, W, C] to logits [N, K]; `keys`
       holds a PRNG key for each image; `turn` may be traced.
+    stops: whether an image that fools the network is left alone from then on.
   """
 
   turns: int
@@ -38,6 +39,7 @@ class ClassifierAttack(NamedTuple):
   eps: float
   norm: str
   run: Callable[..., jax.Array]
+  stops: bool = True
 
 
 def on_objective(
@@ -62,7 +64,7 @@ def on_objective(
 
   passes = 2 * max(keywords.get('steps', 1), 1)
   eps, norm = keywords.get('eps', 0.0), keywords.get('norm', 'linf')
-  return ClassifierAttack(restarts, passes, eps, norm, run)
+  return ClassifierAttack(restarts, passes, eps, norm, run, stops=False)
 
 
 def image_keys(key: jax.Array, indices: jax.Array) -> jax.Array:

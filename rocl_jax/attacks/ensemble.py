@@ -29,6 +29,8 @@ class Attempt(NamedTuple):
     top5: whether the label is among their first five [N].
     distance: norm of the displacement [N].
     outside: how far a pixel lies outside of [0, 1], or NaN [N].
+    disputed: whether the network that was attacked takes it for another class,
+      but the one that judges does not [N].
   """
 
   images: Any
@@ -36,6 +38,7 @@ class Attempt(NamedTuple):
   top5: Any
   distance: Any
   outside: Any
+  disputed: Any
 
 
 class Fates(NamedTuple):
@@ -43,8 +46,10 @@ class Fates(NamedTuple):
 
   Attributes:
     robust: whether an image has withstood everything up to here [n].
-    prediction, top5, distance, outside: see Attempt; of the image that broke
-      it, or else of the last that was tried [n].
+    prediction, top5, distance, outside, disputed: see Attempt; of the image
+      that broke it, or else of the last that was tried [n].
+    tries: how often each image was attacked [n].
+    broke: the turn that broke it; -1 for none [n].
     after: robust images at the end of each finished member.
     turn: the number of the current turn, over all members.
     waiting: the images of this turn, in its order.
@@ -56,6 +61,9 @@ class Fates(NamedTuple):
   top5: np.ndarray
   distance: np.ndarray
   outside: np.ndarray
+  disputed: np.ndarray
+  tries: np.ndarray
+  broke: np.ndarray
   after: np.ndarray
   turn: np.ndarray
   waiting: np.ndarray
@@ -71,6 +79,9 @@ def begin(alive: np.ndarray, prediction: np.ndarray, top5: np.ndarray) -> Fates:
     top5=np.array(top5, bool),
     distance=nothing,
     outside=nothing.copy(),
+    disputed=np.zeros(len(alive), bool),
+    tries=np.zeros(len(alive), np.int32),
+    broke=np.full(len(alive), -1, np.int32),
     after=np.zeros(0, np.int64),
     turn=np.array(0),
     waiting=np.flatnonzero(alive),
@@ -135,15 +146,37 @@ def _batches(fates, sizes) -> Iterator[tuple[np.ndarray, int]]:
 def _settle(fates, labels, rows, attempted, settled):
   seen = Attempt(*(np.asarray(x)[: len(rows)] for x in attempted))
   changed = {}
-  for field in ('prediction', 'top5', 'distance', 'outside'):
+  for field in ('prediction', 'top5', 'distance', 'outside', 'disputed'):
     new = getattr(fates, field).copy()
     new[rows] = getattr(seen, field)
     changed[field] = new
-  robust = fates.robust.copy()
-  robust[rows] = seen.prediction == labels[rows]
-  fates = fates._replace(robust=robust, done=fates.done + len(rows), **changed)
+  robust, tries, broke = (
+    x.copy() for x in (fates.robust, fates.tries, fates.broke)
+  )
+  right = seen.prediction == labels[rows]
+  robust[rows] = right
+  broke[rows[~right]] = fates.turn
+  np.add.at(tries, rows, 1)
+  fates = fates._replace(
+    robust=robust,
+    tries=tries,
+    broke=broke,
+    done=fates.done + len(rows),
+    **changed,
+  )
   settled(fates, rows, seen)
   return fates
+
+
+def counted_once(members: Sequence[Member], alive: Any, fates: Fates) -> int:
+  """How many of the images were attacked as often as their fate says.
+
+  That is in every turn up to the one that broke them; never, if they took no
+  part.
+  """
+  turns = sum(attack.turns for _, attack in members)
+  wanted = np.where(fates.robust, turns, fates.broke + 1)
+  return int((fates.tries == np.where(alive, wanted, 0)).sum())
 
 
 def passes_left(members: Sequence[Member], fates: Fates) -> int:

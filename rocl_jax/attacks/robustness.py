@@ -24,6 +24,7 @@ from rocl_jax.attacks import ensemble
 from rocl_jax.attacks.balls import BALLS
 from rocl_jax.attacks.classifier import ClassifierAttack, image_keys
 from rocl_jax.attacks.ensemble import Attempt, Fates, Member
+from rocl_jax.settings import FieldError
 
 Array = jax.Array | np.ndarray
 
@@ -45,7 +46,11 @@ class Outcome(NamedTuple):
     clean_prediction, adversarial_prediction: the classes.
     distance: norm of the displacement.
     outside: how far a pixel of it lies outside of [0, 1], 0 or less if none.
+    disputed: whether the attacked network takes it for another class, but
+      the one that judges does not; attacks stop by the former's word.
     after: how many images were robust after each member.
+    counted: for how many images the verdict rests on each turn that they were
+      in, once.
   """
 
   clean_top1: Array
@@ -56,7 +61,9 @@ class Outcome(NamedTuple):
   adversarial_prediction: Array
   distance: Array
   outside: Array
+  disputed: Array
   after: Array
+  counted: int
 
   def percent(self, field: str) -> float:
     """The mean of a field over the images, in percent."""
@@ -144,7 +151,9 @@ def build(
       adversarial_prediction=fates.prediction,
       distance=fates.distance,
       outside=fates.outside,
+      disputed=fates.disputed,
       after=fates.after,
+      counted=ensemble.counted_once(members, alive, fates),
     )
     return outcome, found
 
@@ -173,12 +182,18 @@ def _attempt(
     keys = image_keys(key, rows)
     x = attack.run(attacked, images, labels, keys, turn)
     logits = judge(x)
+    prediction = logits.argmax(-1)
+    disputed = jnp.zeros(labels.shape, bool)
+    if attack.stops:
+      fooled = attacked(x).argmax(-1) != labels
+      disputed = fooled & (prediction == labels)
     return Attempt(
       images=x,
-      prediction=logits.argmax(-1),
+      prediction=prediction,
       top5=in_top(logits, labels, 5),
       distance=norm(x - images),
       outside=jnp.maximum(-x, x - 1).max((1, 2, 3)),
+      disputed=disputed,
     )
 
   every, split = PartitionSpec(), PartitionSpec('data')
@@ -205,3 +220,40 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   before = (logits > own).sum(-1)
   is_first = logits.argmax(-1) == labels
   return is_first if k == 1 else (before < k)
+
+
+def check_images(images: np.ndarray, labels: np.ndarray) -> None:
+  """Raises FieldError unless these are labelled images, float in [0, 1] or
+  uint8."""
+  kinds = (np.issubdtype(images.dtype, np.floating), images.dtype == np.uint8)
+  if images.ndim != 4 or not len(images) or not any(kinds):
+    found = f'{images.dtype} {list(images.shape)}'
+    raise FieldError('images', found, 'floats in [0, 1] [N, H, W, C], or uint8')
+  low, high = images.min(), images.max()
+  if kinds[0] and not (low >= 0 and high <= 1):  # NaN too
+    hint = '; divide by 255' if 1 < high <= 255 else ''
+    raise FieldError('images', f'{low} to {high}', f'values in [0, 1]{hint}')
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+    found = f'{labels.dtype} {list(labels.shape)}'
+    raise FieldError('labels', found, f'integers [{len(images)}]')
+
+
+def check_logits(
+  logits_fn: Logits, images: np.ndarray, labels: np.ndarray
+) -> int:
+  """The number of classes of a network, from shapes alone.
+
+  Raises:
+    FieldError: it does not return logits, or has no class for a label.
+  """
+  one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+  logits = jax.eval_shape(logits_fn, one)
+  if getattr(logits, 'ndim', 0) != 2 or logits.shape[0] != 1:
+    found = getattr(logits, 'shape', type(logits).__name__)
+    raise FieldError('logits_fn', found, 'logits [N, K] of images [N, ...]')
+  classes = logits.shape[1]
+  low, high = int(labels.min()), int(labels.max())
+  if low < 0 or high >= classes:
+    wanted = f'0 to {classes - 1}: there are {classes} logits'
+    raise FieldError('labels', f'{low} to {high}', wanted)
+  return classes
