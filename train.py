@@ -7,6 +7,11 @@
                            configs/cifar10.py:asrun, what published logs show;
                            --config.FIELD=VALUE overrides fields
 --workdir=FOLDER           where everything goes; the same command resumes
+--coordinator=HOST:PORT --processes=N --process=I
+                           one of N processes that train together; the first,
+                           0, is at HOST:PORT and writes the work directory
+--allow_change=FIELD,...   fields, such as config.seed, that may differ from
+                           what made the folder
 """
 
 from absl import flags
@@ -15,17 +20,27 @@ from rocl_jax import command
 
 command.define_config()
 flags.DEFINE_string('workdir', None, 'Folder of everything the run writes.')
+flags.DEFINE_string('coordinator', '', 'HOST:PORT of the first process.')
+flags.DEFINE_integer('processes', 1, 'How many processes train together.')
+flags.DEFINE_integer('process', 0, 'The number of this one, from 0.')
+flags.DEFINE_list('allow_change', [], 'Fields that may have changed.')
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, pipeline, report
+  from rocl_jax import compiled, interruption, pipeline, processes, report
 
+  group = flags.FLAGS
+  processes.start(group.coordinator, group.processes, group.process)
+  interruption.install('stopped; the same command goes on from the last save')
   compiled.keep_programs()
   workdir = flags.FLAGS.workdir
-  records = pipeline.run(flags.FLAGS.config, workdir)
-  path = report.write(workdir)
-  print(report.terminal_table(records))
-  print(f'\nReport, curves and pictures: {path}')
+  allowed = flags.FLAGS.allow_change
+  records = pipeline.run(flags.FLAGS.config, workdir, allowed)
+  if processes.is_first():
+    path = report.write(workdir)
+    print(report.terminal_table(records))
+    print(f'\nReport, curves and pictures: {path}')
+  processes.finish()
 
 
 if __name__ == '__main__':

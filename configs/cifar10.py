@@ -42,6 +42,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.stages = ('pretrain', 'supervised', 'prune', 'finetune')
   c.init_from = ''  # a model folder to start from
   c.save_steps = 200
+  c.max_skipped = 10  # updates in a row that may not be finite
   c.tensorboard = False
 
   c.data = ConfigDict()

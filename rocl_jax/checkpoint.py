@@ -1,17 +1,24 @@
-"""Orbax, in one place: train states while a stage runs, models when it ends.
+"""Train states while a stage runs, models when it ends: safe on disk.
 
-  manager = open_states(directory / 'checkpoints')
-  save_state(manager, step, state)
-  state = restore_state(manager, like=state)         # None if there is none
+  with States(directory / 'checkpoints') as states:
+    state, rows = states.restore(like=state) or (state, [])
+    states.save(step, state, rows)
 
   save_model(directory / 'model', variables, {'stage': 'prune', ...})
   variables, about = load_model(directory / 'model')
 
-A model folder holds `variables/` and `model.json`, written last: without it
-the folder is not a model. Masks are part of it, as data.
+Orbax writes the arrays; `manifest` says whether they are still what was
+written. What is new is read back and compared before what it replaces goes. A
+model folder holds `variables/` and `model.json`; masks are part of it, as data.
 """
 
+import errno
 import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rocl_jax.errors import UserError
+from rocl_jax import manifest, processes
+from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.files import read_json
+from rocl_jax.manifest import Damaged
+from rocl_jax.progress import say
 from rocl_jax.trees import flatten, unflatten
 from rocl_jax.types import TrainState, Variables
 
@@ -29,65 +39,175 @@ _ABOUT_FIELDS = (
   *('run', 'stage', 'selection', 'epoch', 'config', 'dataset'),
   *('class_names', 'image_shape', 'fingerprint', 'sparsity', 'layers'),
 )
+KEPT = 2  # states: the newest, and one to fall back to
+_PAUSES = (1.0, 2.0, 4.0)  # seconds before a failed write is tried again
+_WRITING = '.writing'
+_DAMAGED = 'damaged'
+
+Rows = list[dict[str, Any]]
 
 
-def open_states(directory: epath.Path) -> ocp.CheckpointManager:
-  """The train states of a stage; the newest two are kept."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-  return ocp.CheckpointManager(directory, options=options)
+class States:
+  """The train states of a stage, by step; the newest two are kept.
 
+  Args:
+    directory: their folder; made if missing.
+  """
 
-def save_state(
-  manager: ocp.CheckpointManager, step: int, state: TrainState
-) -> None:
-  """Saves in the background; the state may be donated at once."""
-  if step != manager.latest_step():
-    manager.save(step, args=ocp.args.StandardSave(state))
+  def __init__(self, directory: epath.Path):
+    self._directory = directory
+    self._writer: threading.Thread | None = None
+    self._failure: RunFailed | None = None
+    if not processes.is_first():
+      return
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+      if path.name.endswith(_WRITING):  # of an interrupted attempt
+        path.rmtree()
 
+  def __enter__(self) -> 'States':
+    return self
 
-def restore_state(
-  manager: ocp.CheckpointManager, like: TrainState
-) -> TrainState | None:
-  """The newest state, laid out as `like` (arrays, or their abstract form)."""
-  step = manager.latest_step()
-  if step is None:
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    if kind is None:
+      self.wait()
+    elif self._writer is not None:
+      self._writer.join()
+
+  def restore(self, like: TrainState) -> tuple[TrainState, Rows] | None:
+    """The newest state that is whole; damaged ones are set aside.
+
+    Args:
+      like: a state of the wanted shapes, on the wanted devices.
+
+    Returns:
+      The state, and the metric rows that were saved with it. None if nothing
+      was saved yet.
+
+    Raises:
+      UserError: the state is that of another network, stage or optimiser.
+      RunFailed: there are states, and none of them is whole.
+    """
+    found = processes.from_first(self._newest)
+    if found is None:
+      return None
+    step, arrays, rows = found
+    return _fit(arrays, like, self._directory / str(step)), rows
+
+  def _newest(self) -> tuple[int, dict[str, np.ndarray], Rows] | None:
+    found = steps(self._directory)
+    for step in reversed(found):
+      path = self._directory / str(step)
+      try:
+        arrays, about = _read(path, 'state')
+      except Damaged as e:
+        moved = set_aside(path)
+        say(f'{e}; set aside as {moved}')
+        continue
+      return step, arrays, about['rows']
+    if found:
+      raise RunFailed(
+        f'{self._directory}: no save is whole, all were set aside; delete '
+        'that folder to train the stage from its start'
+      )
     return None
-  return manager.restore(step, args=ocp.args.StandardRestore(like))
+
+  def save(self, step: int, state: TrainState, rows: Rows) -> None:
+    """Saves in the background; the state may be donated at once.
+
+    Of several processes the first one saves.
+
+    Raises:
+      RunFailed: the save before this one could not be written.
+    """
+    self.wait()
+    if not processes.is_first() or step in steps(self._directory):
+      return
+    arrays = _named(state)
+    about = {'step': step, 'rows': [dict(row) for row in rows]}
+    self._writer = threading.Thread(
+      target=self._write, args=(step, arrays, about), daemon=True
+    )
+    self._writer.start()
+
+  def wait(self) -> None:
+    """Returns when all is on disk.
+
+    Raises:
+      RunFailed: it could not be written.
+    """
+    if self._writer is not None:
+      self._writer.join()
+      self._writer = None
+    if self._failure is not None:
+      raise self._failure
+
+  def _write(self, step, arrays, about):
+    path = self._directory / str(step)
+    try:
+      _replace(path, lambda new: _fill(new, 'state', arrays, about))
+      for old in steps(self._directory)[:-KEPT]:
+        (self._directory / str(old)).rmtree()
+    except Exception as e:  # what Orbax raises depends on the file system
+      newest = steps(self._directory)[-1:]
+      kept = f'the save of step {newest[0]} is' if newest else 'no save is'
+      self._failure = RunFailed(
+        f'step {step} could not be saved: {_why(self._directory, arrays, e)}; '
+        f'{kept} there; the same command goes on from it'
+      )
+
+
+def steps(directory: epath.Path) -> list[int]:
+  """The steps that were saved whole, ascending; damage is not looked for."""
+  if not directory.is_dir():
+    return []
+  names = [p.name for p in directory.iterdir() if p.name.isdigit()]
+  return sorted(int(n) for n in names if manifest.is_sealed(directory / n))
 
 
 def read_state(directory: epath.Path) -> dict[str, Any] | None:
-  """The newest train state as nested dicts, for who does not know its form."""
-  with ocp.CheckpointManager(directory) as manager:
-    step = manager.latest_step()
-    if step is None:
-      return None
-    return manager.restore(step, args=ocp.args.StandardRestore())
+  """The newest whole train state as nested dicts, whatever its form.
+
+  Returns:
+    None where there is none.
+  """
+  for step in reversed(steps(directory)):
+    try:
+      return unflatten(_read(directory / str(step), 'state')[0])
+    except Damaged as e:
+      say(f'{e}; an older save is read instead')
+  return None
 
 
 def save_model(
   directory: epath.Path, variables: Variables, about: dict[str, Any]
 ) -> None:
-  """Writes a model folder, in place of an older one.
+  """Writes a model folder; an older one goes when the new one is whole.
 
   Args:
     directory: the folder.
     variables: see `types.Variables`.
     about: JSON to keep with it: run, stage, config and what else matters.
+
+  Raises:
+    RunFailed: it could not be written; an older one is untouched.
   """
-  new = directory.with_name(directory.name + '.new')
-  if new.exists():  # of an interrupted attempt
-    new.rmtree()
-  new.mkdir(parents=True)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(new.resolve() / 'variables', _nest(variables))
-  (new / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True))
-  if directory.exists():
-    directory.rmtree()
-  new.rename(directory)
+  arrays = _named(variables)
+  text = json.dumps(about, indent=1, sort_keys=True)
+
+  def fill(new):
+    (new / ABOUT).write_text(text)
+    _fill(new, 'variables', arrays, {})
+
+  try:
+    _replace(directory, fill)
+  except Exception as e:
+    why = _why(directory.parent, arrays, e)
+    raise RunFailed(f'{directory}: could not be saved: {why}') from None
 
 
 def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
-  """Reads a model folder.
+  """Reads a model folder, after checking every byte of it.
 
   Returns:
     The variables, as NumPy arrays, and what `model.json` says.
@@ -98,41 +218,176 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
   if not is_model(directory):
     inside = directory / 'model'
     hint = f' (did you mean {inside}?)' if is_model(inside) else ''
-    raise UserError(f'{directory}: no model here, {ABOUT} is missing{hint}')
+    raise UserError(
+      f'{directory}: no model here, {manifest.MANIFEST} is missing{hint}'
+    )
+  try:
+    arrays, _ = _read(directory, 'variables')
+  except Damaged as e:
+    raise UserError(str(e)) from None
   about = read_json(directory / ABOUT, dict)
   for field in _ABOUT_FIELDS:
     if field not in about:
       raise UserError(f'{directory / ABOUT}: has no {field}')
-  path = directory.resolve() / 'variables'
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      like = jax.tree.map(
-        lambda x: np.empty(x.shape, x.dtype),
-        checkpointer.metadata(path).item_metadata,
-      )
-      variables = _flat_masks(checkpointer.restore(path, like))
-  except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
-    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-    raise UserError(f'{path}: can not be read: {reason:.200}') from None
+  variables = unflatten(arrays)
+  for part in ('masks', 'dropped'):  # flat by path, as `types` says
+    if part in variables:
+      variables[part] = flatten(variables[part])
   return variables, about
 
 
 def is_model(directory: epath.Path) -> bool:
-  """Whether the folder holds a complete model."""
-  return (directory / ABOUT).exists()
+  """Whether the folder holds a finished model."""
+  return manifest.is_sealed(directory) and (directory / ABOUT).exists()
 
 
-# On disk the flat parts are nested: a path is no good name for a file.
-_FLAT_PARTS = ('masks', 'dropped')
+def set_aside(path: epath.Path) -> epath.Path:
+  """Moves a damaged folder to `damaged/` beside it; returns where it is."""
+  folder = path.parent / _DAMAGED
+  folder.mkdir(exist_ok=True)
+  names = [path.name, *(f'{path.name}-{i}' for i in range(2, 1000))]
+  target = next(folder / n for n in names if not (folder / n).exists())
+  path.rename(target)
+  return target
 
 
-def _nest(variables):
+def _replace(directory: epath.Path, fill: Callable[[epath.Path], None]) -> None:
+  """Puts a new folder in the place of an old one, which goes last.
+
+  Args:
+    directory: the folder.
+    fill: writes what is new to the empty folder that it gets, and seals it.
+  """
+  new = directory.with_name(directory.name + _WRITING)
+  for pause in (*_PAUSES, None):
+    try:
+      shutil.rmtree(new, ignore_errors=True)
+      new.mkdir(parents=True)
+      fill(new)
+      break
+    except Exception:
+      shutil.rmtree(new, ignore_errors=True)
+      if pause is None:
+        raise
+      time.sleep(pause)
+  old = directory.with_name(directory.name + '.old')
+  shutil.rmtree(old, ignore_errors=True)
+  if directory.exists():
+    directory.rename(old)
+  new.rename(directory)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(folder, name, arrays, about):
+  """Writes arrays, reads them back, and seals the folder."""
+  _check_space(folder, arrays)
+  nested = unflatten(arrays)
+  with _orbax() as checkpointer:
+    checkpointer.save(folder.resolve() / name, nested)
+  back = _restore(folder.resolve() / name)
+  if back.keys() != arrays.keys() or not all(
+    _equal(arrays[k], back[k]) for k in arrays
+  ):
+    raise OSError('what was read back is not what was written')
+  manifest.seal(
+    folder, about | {'leaves': {k: _kind(x) for k, x in arrays.items()}}
+  )
+
+
+def _read(folder, name):
+  """(arrays by path, about) of a sealed folder; raises Damaged."""
+  about = manifest.verify(folder)
+  try:
+    return _restore(folder.resolve() / name), about
+  except Exception as e:  # whatever Orbax and TensorStore raise
+    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+    raise Damaged(f'{folder / name}: can not be read: {reason:.200}') from None
+
+
+def _orbax():
+  # Only the first process comes here: Orbax must not wait for the others.
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0,
+    active_processes={0} if processes.count() > 1 else None,
+    barrier_sync_key_prefix='first' if processes.count() > 1 else None,
+  )
+  return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _restore(path):
+  with _orbax() as checkpointer:
+    like = jax.tree.map(
+      lambda x: np.empty(x.shape, x.dtype),
+      checkpointer.metadata(path).item_metadata,
+    )
+    return flatten(checkpointer.restore(path, like))
+
+
+def _fit(arrays, like, folder):
+  """The arrays as a state of the form of `like`, on its devices.
+
+  Raises:
+    UserError: they are not of that form; the message names the first fields.
+  """
+  wanted = _by_path(like)
+  found = {k: _kind(x) for k, x in arrays.items()}
+  asked = {k: _kind(x) for k, x in wanted.items()}
+  apart = [k for k in {**asked, **found} if found.get(k) != asked.get(k)]
+  if apart:
+    told = [
+      f'{k} is {found.get(k, "missing")}, wanted {asked.get(k, "none")}'
+      for k in apart[:3]
+    ]
+    more = f', and {len(apart) - 3} more' if len(apart) > 3 else ''
+    raise UserError(
+      f'{folder}: was saved by another network, stage or optimiser: '
+      f'{"; ".join(told)}{more}'
+    )
+  leaves = [
+    jax.device_put(arrays[path], leaf.sharding) for path, leaf in wanted.items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _by_path(tree):
+  """{'trained/trainable/encoder/stem/kernel': leaf} in the tree's order."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
-    k: unflatten(v) if k in _FLAT_PARTS else v for k, v in variables.items()
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in leaves
   }
 
 
-def _flat_masks(variables):
-  return {
-    k: flatten(v) if k in _FLAT_PARTS else v for k, v in variables.items()
-  }
+def _named(tree):
+  """As `_by_path`, with copies on the host: the device's may be donated."""
+  return {k: np.array(x) for k, x in _by_path(jax.device_get(tree)).items()}
+
+
+def _kind(array):
+  return f'{array.dtype}{list(array.shape)}'
+
+
+def _equal(a, b):
+  return _kind(a) == _kind(b) and a.tobytes() == b.tobytes()
+
+
+def _check_space(folder, arrays):
+  needed = sum(x.nbytes for x in arrays.values())
+  free = _free(folder)
+  if free is not None and free < needed:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _free(folder):
+  """Free bytes of the file system, None where that can't be told."""
+  try:
+    return shutil.disk_usage(folder).free
+  except OSError:
+    return None
+
+
+def _why(folder, arrays, error):
+  reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+  needed, free = sum(x.nbytes for x in arrays.values()), _free(folder)
+  room = '' if free is None else f', {free / 1e6:.1f} MB are free'
+  return f'{folder}: {reason:.200} ({needed / 1e6:.1f} MB to write{room})'

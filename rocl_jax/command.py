@@ -1,8 +1,8 @@
 """The front door of every command: parse, check, run, say what went wrong.
 
 Exit status: 0 done; 2 a mistake of the user, told in one line; 3 a run or an
-evaluation that failed its own checks; 130 interrupted; anything else is a bug
-of ours and comes with its stack trace.
+evaluation that failed its own checks; 130 interrupted by SIGINT, 143 by
+SIGTERM; anything else is a bug of ours and comes with its stack trace.
 """
 
 import importlib.util
@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.interruption import Interrupted
 
-USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
+BUG, USER_ERROR, RUN_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
 def define_config() -> None:
@@ -70,9 +71,30 @@ def run(
     _exit(program, str(e), USER_ERROR)
   except RunFailed as e:
     _exit(program, str(e), RUN_FAILED)
+  except Interrupted as e:
+    _exit(program, f'{e}: saved; the same command goes on', e.status)
   except KeyboardInterrupt:
     again = 'interrupted; the same command goes on from the last save'
     _exit(program, again, INTERRUPTED)
+  except BrokenPipeError:  # who read the table has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except Exception as e:
+    if 'RESOURCE_EXHAUSTED' in str(e):
+      reason = str(e).splitlines()[0]
+      _exit(
+        program,
+        'out of memory: a smaller batch_size (of the stage, or of eval), or '
+        f'--config.model.dtype=bfloat16, needs less: {reason:.200}',
+        RUN_FAILED,
+      )
+    group = sys.modules.get('rocl_jax.processes')
+    gone = group.explain() if group else None
+    if gone:  # that is why a collective failed
+      _exit(program, gone, RUN_FAILED)
+    if group and group.count() > 1:
+      traceback.print_exc()
+      group.leave(BUG, f'{type(e).__name__}: {e}')
+    raise
 
 
 def _program(path):
@@ -84,9 +106,12 @@ def _program(path):
 def _exit(program, message, status):
   line = ' '.join(message.split())
   print(f'\n{program}: {line}'.lstrip(), file=sys.stderr, flush=True)
+  group = sys.modules.get('rocl_jax.processes')
+  if group:
+    group.leave(status, line)
   # Not sys.exit: threads that still save or compile must not hold us up.
   sys.stdout.flush()
-  os._exit(status) if status == INTERRUPTED else sys.exit(status)
+  os._exit(status) if status > 128 else sys.exit(status)
 
 
 def _parse(argv):

@@ -15,8 +15,10 @@ checks to audit.json, transfer attacks to transfer.json; there `python -m
 rocl_jax.report` finds them. Exit status 3: a check failed.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.settings import FieldError, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
+CLAIM = 'evaluation.json'  # who writes beside a model, see `workdir`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +141,9 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
   Raises:
     UserError: a mistake in the config, or no model in a folder.
     RunFailed: a model's weights are not those that its record speaks of.
+    Interrupted: the process was asked to stop.
   """
-  from rocl_jax import audit, mesh, results, saved, transfer
+  from rocl_jax import saved, transfer, workdir
 
   if not isinstance(config, ConfigDict):
     raise UserError(
@@ -164,6 +168,21 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
     _check_folder(one.folder.parent)
     if settings.transfer.unmasked:
       transfer.dense_variables(one)
+  with contextlib.ExitStack() as held:  # one evaluation a folder at a time
+    for folder in sorted({one.folder.parent for one in models}):
+      held.enter_context(workdir.claim(folder, '--model', CLAIM))
+    return _evaluate(settings, models, surrogates, splits, about_splits)
+
+
+def _evaluate(
+  settings: Settings,
+  models: Sequence[Any],
+  surrogates: Sequence[Any],
+  splits: dict[str, data.Split],
+  about_splits: dict[str, dict[str, Any]],
+) -> Evaluation:
+  from rocl_jax import audit, mesh, results, saved, transfer
+
   devices = mesh.make_mesh()
 
   @functools.cache  # models of one architecture share what is compiled
@@ -309,9 +328,10 @@ def _write_audit(model, settings, split, checks, curves):
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, report
+  from rocl_jax import compiled, interruption, report
   from rocl_jax.audit import failed
 
+  interruption.install('stopped; the same command goes on where it was')
   compiled.keep_programs()
   folders = [x for x in flags.FLAGS.model.split(',') if x]
   found = evaluate(flags.FLAGS.config, folders)

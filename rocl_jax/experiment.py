@@ -22,7 +22,7 @@ from rocl_jax.training import Training
 
 # Fields that a baseline shares with the main run.
 _SHARED = (
-  *('name', 'data', 'eval', 'save_steps', 'tensorboard'),
+  *('name', 'data', 'eval', 'save_steps', 'max_skipped', 'tensorboard'),
   *('baselines', 'compare'),
 )
 
@@ -76,6 +76,8 @@ class Experiment:
     data: the data set.
     eval: the evaluation that every model gets.
     save_steps: steps between saves of the train state.
+    max_skipped: steps in a row whose loss or gradient may be other than finite
+      before the run stops; each is left out, and recorded.
     tensorboard: whether to write scalars for it.
   """
 
@@ -83,6 +85,7 @@ class Experiment:
   data: DataSettings
   eval: evaluation.Settings
   save_steps: int
+  max_skipped: int
   tensorboard: bool
 
 
@@ -100,11 +103,13 @@ class _TopLevel:
   model: models.Settings
   eval: evaluation.Settings
   save_steps: int
+  max_skipped: int
   tensorboard: bool
 
   def __post_init__(self):
     within('seed', self.seed, 0, 2**32 - 1)
     at_least('save_steps', self.save_steps, 1)
+    at_least('max_skipped', self.max_skipped, 0)
     for stage in self.stages:
       one_of('stages', stage, STAGES)
     for name in self.compare:
@@ -150,6 +155,7 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     data=top.data,
     eval=top.eval,
     save_steps=top.save_steps,
+    max_skipped=top.max_skipped,
     tensorboard=top.tensorboard,
   )
 

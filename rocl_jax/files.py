@@ -1,6 +1,7 @@
 """Small JSON files: written whole or not at all, read with a plain word."""
 
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -12,7 +13,10 @@ def write_text(path: epath.Path, text: str) -> None:
   """Replaces the file's content; an interruption leaves the old one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   new = path.with_name(path.name + '.new')
-  new.write_text(text)
+  with new.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # or a crash may leave the new name, and no bytes
   new.replace(path)
 
 
@@ -24,7 +28,7 @@ def read_json(path: epath.Path, kind: type) -> Any:
   """
   try:
     value = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path}: not a valid JSON file: {e}') from None
   if not isinstance(value, kind):
     raise UserError(f'{path}: found {value!r:.40}, wanted a {kind.__name__}')

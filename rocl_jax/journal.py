@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from rocl_jax import processes
 from rocl_jax.attacks.ensemble import Fates
 from rocl_jax.progress import say
 
+_LARGEST = 1 << 28  # bytes, unpacked: those of six million images
 _SECONDS = 5.0  # between writes: no more than this is done twice
 
 
@@ -39,20 +41,31 @@ class Journal:
 
   def read(self) -> Fates | None:
     """The last state; None where there is none, or a damaged one."""
+    return processes.from_first(self._read)
+
+  def _read(self) -> Fates | None:
     if not self._path.exists():
       return None
     try:
       with self._path.open('rb') as file:
         content = io.BytesIO(file.read())
+      with zipfile.ZipFile(content) as members:
+        if sum(x.file_size for x in members.infolist()) > _LARGEST:
+          raise ValueError('a zip bomb')
       with np.load(content, allow_pickle=False) as arrays:
-        return Fates(**{name: arrays[name] for name in Fates._fields})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        fates = Fates(**{name: arrays[name] for name in Fates._fields})
+      _check(fates)
+      return fates
+    # Damaged bytes raise whatever zipfile, zlib and NumPy's parsers raise.
+    except Exception:
       say(f'{self._path}: can not be read; this evaluation starts anew')
       return None
 
-  def write(self, fates: Fates) -> None:
-    """Saves the state, unless that was done a moment ago."""
-    if time.monotonic() - self._written < _SECONDS:
+  def write(self, fates: Fates, now: bool = False) -> None:
+    """Saves the state, unless that was done a moment ago and need not be
+    done `now`."""
+    recent = time.monotonic() - self._written < _SECONDS
+    if not processes.is_first() or (recent and not now):
       return
     content = io.BytesIO()
     np.savez_compressed(content, **fates._asdict())
@@ -64,4 +77,22 @@ class Journal:
 
   def remove(self) -> None:
     """Deletes the file: the evaluation is in results.json."""
-    self._path.unlink(missing_ok=True)
+    if processes.is_first():
+      self._path.unlink(missing_ok=True)
+
+
+def _check(fates: Fates) -> None:
+  """Raises ValueError unless the arrays belong to one evaluation."""
+  n = len(fates.robust)
+  kinds = dict.fromkeys(('robust', 'top5', 'disputed'), 'b')
+  kinds |= dict.fromkeys(('distance', 'outside'), 'f')
+  for name, array in fates._asdict().items():
+    shape = {'turn': (), 'done': ()}.get(name, (n,))
+    if name in ('after', 'waiting'):
+      shape = array.shape[:1]
+    if array.shape != shape or array.dtype.kind != kinds.get(name, 'i'):
+      raise ValueError(f'{name} is {array.dtype} {array.shape}')
+  waiting, done = fates.waiting, fates.done
+  rows = len(waiting) == 0 or 0 <= waiting.min() <= waiting.max() < n
+  if not rows or not 0 <= done <= len(waiting) or fates.turn < 0:
+    raise ValueError('it is not where an evaluation can be')

@@ -5,7 +5,7 @@ import functools
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,53 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from rocl_jax import checkpoint, compiled, metrics, optim, results
+from rocl_jax import (
+  checkpoint,
+  compiled,
+  interruption,
+  metrics,
+  optim,
+  processes,
+  results,
+)
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed
+from rocl_jax.interruption import Interrupted
 from rocl_jax.mesh import replicated, split
 from rocl_jax.progress import Progress, say
 from rocl_jax.training import Training
-from rocl_jax.types import Batch, Stage, TrainState, Variables
+from rocl_jax.types import Batch, Skips, Stage, TrainState, Variables
 
 Measure = Callable[[Variables], dict[str, float]]
+
+SKIPPED = 'skipped.jsonl'  # the images of updates that were left out
 
 # Which evaluation split selects a model, by the name of the selection.
 SELECTIONS = {'best_validation': 'validation', 'best_test': 'test'}
 
 
+class Seen(NamedTuple):
+  """What the host sees of a step.
+
+  Attributes:
+    loss: the mean over the batch.
+    skipped_in_row: see `types.Skips`.
+  """
+
+  loss: jax.Array
+  skipped_in_row: jax.Array
+
+
 def make_step(
   stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[..., tuple[TrainState, jax.Array]]:
+) -> Callable[..., tuple[TrainState, Seen]]:
   """One update: attack and loss are the stage's; this differentiates, applies.
 
   Returns:
-    (state, data, order, key) -> (state, loss), to be jitted with the state
+    (state, data, order, key) -> (state, Seen), to be jitted with the state
     donated. `data` is the whole training set, `order` [S, B] the epoch's
-    indices; the step takes the row of its own number.
+    indices; the step takes the row of its own number. Where loss, gradient or
+    what comes of them is not finite the state stays, but for its counts.
   """
 
   def step(state: TrainState, data: Batch, order: jax.Array, key: jax.Array):
@@ -57,20 +81,33 @@ def make_step(
     trainable = optax.apply_updates(trainable, updates)
 
     values = values | {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+    trained = state.trained._replace(
+      trainable=trainable, batch_stats=batch_stats
+    )
+    parts = (loss, values['grad_norm'], trainable, batch_stats)
+    sound = jnp.stack(
+      [jnp.isfinite(x).all() for x in jax.tree.leaves(parts)]
+    ).all()
+    trained, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(sound, new, old),
+      (trained, opt_state),
+      (state.trained, state.opt_state),
+    )
     first = index == 0
     sums = {
-      k: jnp.where(first, 0, state.sums.get(k, 0)) + v
+      k: jnp.where(first, 0, state.sums.get(k, 0)) + jnp.where(sound, v, 0)
       for k, v in values.items()
     }
+    skipped = jnp.where(first, False, state.skips.epoch).at[index].set(~sound)
+    skips = Skips(skipped, jnp.where(sound, 0, state.skips.in_row + 1))
     new = TrainState(
       step=state.step + 1,
-      trained=state.trained._replace(
-        trainable=trainable, batch_stats=batch_stats
-      ),
+      trained=trained,
       opt_state=opt_state,
       sums=sums,
+      skips=skips,
     )
-    return new, loss
+    return new, Seen(loss, skips.in_row)
 
   return step
 
@@ -78,19 +115,25 @@ def make_step(
 def first_state(
   stage: Stage,
   optimizer: optax.GradientTransformation,
-  step: Callable[..., tuple[TrainState, jax.Array]],
+  step: Callable[..., tuple[TrainState, Seen]],
   arguments: tuple[Any, ...],
 ) -> Callable[[Variables, jax.Array], TrainState]:
   """What a stage starts from: (upstream variables, key) -> TrainState.
 
-  `step` and its `arguments` after the state tell which metrics there will be.
+  `step` and its `arguments` after the state tell which metrics there will be,
+  and how many steps an epoch has.
   """
+  _, order, _ = arguments
 
   def first(upstream: Variables, key: jax.Array) -> TrainState:
     trained = stage.start(upstream, key)
     opt_state = optimizer.init(trained.trainable)
     state = TrainState(
-      step=jnp.int32(0), trained=trained, opt_state=opt_state, sums={}
+      step=jnp.int32(0),
+      trained=trained,
+      opt_state=opt_state,
+      sums={},
+      skips=Skips(jnp.zeros(order.shape[0], bool), jnp.int32(0)),
     )
     stepped, _ = jax.eval_shape(step, state, *arguments)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stepped.sums)
@@ -135,6 +178,7 @@ class StageRun:
       stage has no classifier.
     about: JSON that goes with every model of this stage.
     save_steps: steps between saves; at most this many are lost.
+    max_skipped: steps in a row whose loss or gradient may be other than finite.
     tensorboard: whether to write scalars for it, too.
   """
 
@@ -150,6 +194,7 @@ class StageRun:
   measure: Measure | None
   about: dict[str, Any]
   save_steps: int
+  max_skipped: int
   tensorboard: bool
 
 
@@ -162,7 +207,8 @@ def run_stage(run: StageRun) -> Variables:
     and `best_test/`.
 
   Raises:
-    RunFailed: the loss is no longer finite.
+    RunFailed: the loss is no longer finite, or a save could not be written.
+    Interrupted: the process was asked to stop; what was done is saved.
   """
   epochs, batch_size = run.settings.total_epochs, run.settings.batch_size
   n = len(run.train.labels)
@@ -171,88 +217,150 @@ def run_stage(run: StageRun) -> Variables:
   optimizer, rate = optim.make(
     run.settings.optimizer, epochs, steps, run.settings.segments
   )
-  start_key, order_key, step_key = jax.random.split(
-    stage_key(run.seed, run.name), 3
-  )
   everywhere = replicated(run.mesh)
+  start_key, order_key, step_key = jax.jit(
+    lambda: tuple(jax.random.split(stage_key(run.seed, run.name), 3)),
+    out_shardings=everywhere,
+  )()
   data = jax.device_put(Batch(*run.train), everywhere)
   order_of = jax.jit(
-    lambda epoch: epoch_order(order_key, epoch, n, batch_size),
+    lambda key, epoch: epoch_order(key, epoch, n, batch_size),
     out_shardings=everywhere,
   )
   step = make_step(run.stage, optimizer, run.mesh)
-  train_step = compiled.jit(step, donate_argnums=0)
-  finish = jax.jit(lambda state: run.stage.finish(state.trained))
+  train_step = compiled.jit(step, donate_argnums=0, out_shardings=everywhere)
+  finish = jax.jit(
+    lambda state: run.stage.finish(state.trained), out_shardings=everywhere
+  )
 
   order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
   first = first_state(run.stage, optimizer, step, (data, order, step_key))
   # Jitted, so that the state owns its arrays: the step donates them.
   state = jax.jit(first, out_shardings=everywhere)(run.upstream, start_key)
-  with checkpoint.open_states(run.directory / 'checkpoints') as manager:
-    state = checkpoint.restore_state(manager, like=state) or state
+  with checkpoint.States(run.directory / 'checkpoints') as states:
+    state, rows = states.restore(like=state) or (state, [])
     done = int(state.step)
     if done:
       say(f'{run.label}: resumed at step {done} of {total}')
-    book = _Book(run, done // steps)
+    book = _Book(run, rows)
     progress = Progress(run.label, total, batch_size)
     if done < total:
       say(f'{run.label}: compiling')
     compiling_since: float | None = time.monotonic()
-    for epoch in range(done // steps, epochs):
-      began, began_at = time.monotonic(), done
-      order = order_of(epoch)
-      loss: jax.Array | None = None
-      while done < (epoch + 1) * steps:
-        previous = loss
-        state, loss = train_step(state, data, order, step_key)
-        done += 1
-        if compiling_since is not None:
-          loss.block_until_ready()
-          took = time.monotonic() - compiling_since
-          say(f'{run.label}: first step after {took:.1f} s')
-          compiling_since = None
-        if previous is not None:  # so that no more than one step is queued
-          previous.block_until_ready()
-        progress.show(done, f'epoch {epoch + 1}/{epochs}')
-        if done % run.save_steps == 0 and done % steps:
-          _check_finite(run, state, manager)
-          checkpoint.save_state(manager, done, state)
-      row: metrics.Row = {'epoch': epoch + 1, 'step': done}
-      row |= {k: float(v) / steps for k, v in sorted(state.sums.items())}
-      row['learning_rate'] = float(rate(done - 1))
-      seconds = time.monotonic() - began
-      row['seconds'] = round(seconds, 3)
-      speed = (done - began_at) * batch_size / seconds
-      row['images_per_second'] = round(speed, 1)
-      _check_finite(run, state, manager)
-      book.write(row, functools.partial(finish, state))
-      # After the row: a save promises that the rows up to it are there.
-      if done % run.save_steps == 0 and done < total:
-        checkpoint.save_state(manager, done, state)
-    checkpoint.save_state(manager, done, state)
+    try:
+      # A state may stand at the end of an epoch that has no row yet.
+      for epoch in range(len(rows), epochs):
+        began, began_at = time.monotonic(), done
+        order = order_of(order_key, epoch)
+        seen: Seen | None = None
+        while done < (epoch + 1) * steps:
+          previous = seen
+          state, seen = train_step(state, data, order, step_key)
+          done += 1
+          if compiling_since is not None:
+            seen.loss.block_until_ready()
+            took = time.monotonic() - compiling_since
+            say(f'{run.label}: first step after {took:.1f} s')
+            compiling_since = None
+          if previous is not None:  # so that no more than one step is queued
+            _check_skips(run, states, previous, state, order)
+          progress.show(done, f'epoch {epoch + 1}/{epochs}')
+          if done % run.save_steps == 0:
+            states.save(done, state, rows)
+          interruption.check()
+        if seen is not None:
+          _check_skips(run, states, seen, state, order)
+        row: metrics.Row = {'epoch': epoch + 1, 'step': done}
+        row |= _means(run, state, order)
+        row['learning_rate'] = float(rate(done - 1))
+        seconds = time.monotonic() - began
+        row['seconds'] = round(seconds, 3)
+        speed = (done - began_at) * batch_size / seconds
+        row['images_per_second'] = round(speed, 1)
+        book.write(row, functools.partial(finish, state))
+    except Interrupted:
+      states.save(done, state, rows)
+      states.wait()
+      say(f'{run.label}: saved at step {done} of {total}')
+      raise
+    states.save(done, state, rows)
   variables = jax.device_get(finish(state))
   _publish(run, variables, 'last', epochs, run.directory / 'model')
   return variables
 
 
-def _check_finite(run, state, manager):
-  """Before every save: no step of this epoch was other than finite."""
-  for name in ('loss', 'grad_norm'):
-    if not np.isfinite(state.sums[name]):
-      raise RunFailed(
-        f'{run.label}: the {name} is not finite before step {state.step}; the '
-        f'last save, of step {manager.latest_step()}, is intact'
-      )
+def _check_skips(
+  run: StageRun,
+  states: checkpoint.States,
+  seen: Seen,
+  state: TrainState,
+  order: jax.Array,
+) -> None:
+  """Ends a run whose loss has stayed other than finite for too long."""
+  in_row = int(seen.skipped_in_row)
+  if in_row > run.max_skipped:
+    _record_skips(run, state, order)
+    states.wait()
+    newest = checkpoint.steps(run.directory / 'checkpoints')[-1:]
+    save = (
+      f'the save of step {newest[0]} is intact' if newest else 'no save yet'
+    )
+    raise RunFailed(
+      f'{run.label}: loss or gradient was not finite in {in_row} steps in a '
+      f'row, about step {int(state.step)} (config.max_skipped is '
+      f'{run.max_skipped}); {save}; their images: {run.directory / SKIPPED}'
+    )
+
+
+def _means(
+  run: StageRun, state: TrainState, order: jax.Array
+) -> dict[str, float]:
+  """The metrics of an epoch, over the steps that counted."""
+  skipped = int(state.skips.epoch.sum())
+  if skipped:
+    _record_skips(run, state, order)
+    say(f'{run.label}: {skipped} updates were skipped: not finite')
+  counted = order.shape[0] - skipped
+  if not counted:
+    raise RunFailed(
+      f'{run.label}: no step of the epoch up to step {int(state.step)} had a '
+      'finite loss and gradient'
+    )
+  means = {k: float(v) / counted for k, v in sorted(state.sums.items())}
+  return means | {'skipped': skipped}
+
+
+def _record_skips(run: StageRun, state: TrainState, order: jax.Array) -> None:
+  """Writes which images were in the steps that this epoch skipped."""
+  if not processes.is_first():
+    return
+  path, steps = run.directory / SKIPPED, order.shape[0]
+  epoch = (int(state.step) - 1) // steps
+  rows = [r for r in metrics.read_lines(path) if r['epoch'] <= epoch]
+  rows += [
+    {
+      'epoch': epoch + 1,
+      'step': epoch * steps + int(i) + 1,
+      'images': np.asarray(order[i]).tolist(),
+    }
+    for i in np.flatnonzero(state.skips.epoch)
+  ]
+  metrics.write(path, rows)
 
 
 class _Book:
-  """The metrics of a stage so far, and the models that they select."""
+  """The metrics of a stage so far, and the models that they select.
 
-  def __init__(self, run: StageRun, last_epoch: int):
+  Args:
+    run: the stage's.
+    rows: those of the epochs so far; the list grows.
+  """
+
+  def __init__(self, run: StageRun, rows: list[metrics.Row]):
     self._run, self._path = run, run.directory / 'metrics.jsonl'
-    self._rows = metrics.read(self._path, last_epoch)
+    self._rows = rows
     self._tensorboard = None
-    if run.tensorboard:
+    if run.tensorboard and processes.is_first():
       self._tensorboard = metrics.tensorboard(run.directory / 'tensorboard')
 
   def write(self, row: metrics.Row, variables: Callable[[], Variables]) -> None:
@@ -260,22 +368,25 @@ class _Book:
     run, epoch = self._run, row['epoch']
     every, last = run.settings.eval_epochs, run.settings.total_epochs
     due = every and (epoch % every == 0 or epoch == last)
-    self._rows.append(row)
     if due and run.measure is not None:
       current = variables()
       row |= run.measure(current)
       for selection, split_name in SELECTIONS.items():
         criterion = f'{split_name}_robust_top1'
-        if criterion in row and metrics.is_best(self._rows, criterion):
+        if metrics.is_best([*self._rows, row], criterion):
           folder = run.directory / selection
           _publish(run, jax.device_get(current), selection, epoch, folder)
-    metrics.write(self._path, self._rows)
+    self._rows.append(row)
+    if processes.is_first():
+      metrics.write(self._path, self._rows)
     if self._tensorboard is not None:
       self._tensorboard(row['step'], row)
     say(_line(run, row))
 
 
 def _publish(run, variables, selection, epoch, directory):
+  if not processes.is_first():
+    return
   about = run.about | {'selection': selection, 'epoch': epoch}
   about |= results.identity(variables)
   checkpoint.save_model(directory, variables, about)

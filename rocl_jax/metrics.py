@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from rocl_jax.files import write_text
 Row = dict[str, Any]
 
 
-def read(path: epath.Path, last_epoch: int) -> list[Row]:
-  """The rows of the epochs up to `last_epoch`; what came later is redone.
+def read_lines(path: epath.Path) -> list[Row]:
+  """The JSON objects of a file of lines; none where there is no file.
 
   Raises:
     UserError: the file holds something else.
@@ -23,9 +24,11 @@ def read(path: epath.Path, last_epoch: int) -> list[Row]:
     return []
   try:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row['epoch'] <= last_epoch]
-  except (ValueError, TypeError, KeyError) as e:
-    raise UserError(f'{path}: not rows of metrics: {e!r}') from None
+    if not all(isinstance(row, dict) for row in rows):
+      raise ValueError('a line is no object')
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{path}: not lines of JSON: {e}') from None
+  return rows
 
 
 def write(path: epath.Path, rows: list[Row]) -> None:
@@ -34,10 +37,13 @@ def write(path: epath.Path, rows: list[Row]) -> None:
 
 
 def is_best(rows: list[Row], name: str) -> bool:
-  """Whether the last row has the highest value so far, the first of equals."""
-  *earlier, last = [row[name] for row in rows if name in row]
-  is_number = last == last
-  return is_number and not any(value >= last for value in earlier)
+  """Whether the last row has the highest value so far, the first of equals.
+
+  A value that is missing or not finite is never the best.
+  """
+  values = [row.get(name, math.nan) for row in rows]
+  *earlier, last = [v if math.isfinite(v) else -math.inf for v in values]
+  return last > max(earlier, default=-math.inf)
 
 
 def check_tensorboard() -> None:

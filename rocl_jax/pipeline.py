@@ -15,8 +15,9 @@ a model are skipped, an unfinished one resumes from its last save.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -24,27 +25,42 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rocl_jax import checkpoint, evaluation, loop, metrics, models, results
+from rocl_jax import (
+  checkpoint,
+  evaluation,
+  interruption,
+  loop,
+  masks,
+  metrics,
+  models,
+  processes,
+  results,
+)
 from rocl_jax.data import Dataset, Split, load
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
 from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
-from rocl_jax.progress import say
+from rocl_jax.progress import say, warn
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
+from rocl_jax.workdir import claim, make
 
 _EXAMPLES = 8  # images in examples.json
 
 
-def run(config: ConfigDict, workdir: str) -> list[results.Record]:
+def run(
+  config: ConfigDict, workdir: str, allowed: Collection[str] = ()
+) -> list[results.Record]:
   """Runs an experiment, or what is left of it.
 
   Args:
     config: see `experiment`; checked before any device work.
     workdir: the folder of everything that is written; made if missing.
+    allowed: fields, as 'config.seed', that may differ from what the folder
+      was begun with.
 
   Returns:
     The records of `results.json`.
@@ -52,21 +68,27 @@ def run(config: ConfigDict, workdir: str) -> list[results.Record]:
   Raises:
     UserError: a mistake in the config, or a workdir that holds another run.
     RunFailed: training or evaluation failed its own checks.
+    Interrupted: the process was asked to stop.
   """
   experiment = parse_experiment(config)
-  root = _workdir(workdir)
+  root = processes.from_first(lambda: make(workdir, '--workdir'))
+  with claim(root, '--workdir'):
+    return _run(experiment, root, allowed)
+
+
+def _run(
+  experiment: Experiment, root: epath.Path, allowed: Collection[str]
+) -> list[results.Record]:
   settings = experiment.data
   dataset = load(settings.source, settings.dir, settings.validation)
   _check_sizes(experiment, dataset)
   chains = _chains(experiment, dataset, root)
+  _agree(chains)
   _rehearse(chains)
-  for chain in chains:
-    _check_requests(chain, chains[0])
-  results.read(root / 'results.json')  # a damaged one is told of now
-  write_json(root / 'config.json', experiment.runs[0].config)
+  processes.from_first(lambda: _open(chains, allowed, root))
   for chain in chains:
     run_chain(chain, chains[0])
-  return results.read(root / 'results.json')
+  return processes.from_first(lambda: results.read(root / 'results.json'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +105,7 @@ class Chain:
     evaluators: the attacks that every model meets; the first one also selects.
     splits: the evaluation images, by name.
     save_steps: steps between saves.
+    max_skipped: steps in a row whose loss or gradient may not be finite.
     tensorboard: whether to write scalars for it.
   """
 
@@ -95,6 +118,7 @@ class Chain:
   evaluators: tuple[evaluation.Evaluator, ...]
   splits: dict[str, Split]
   save_steps: int
+  max_skipped: int
   tensorboard: bool
 
   @property
@@ -104,6 +128,29 @@ class Chain:
       (name, settings, self.directory / stage_folder(i, name))
       for i, (name, settings) in enumerate(self.run.stages)
     ]
+
+
+def _open(
+  chains: Sequence[Chain], allowed: Collection[str], root: epath.Path
+) -> None:
+  """Reads what a work directory holds before anything is added to it."""
+  results.read(root / 'results.json')  # a damaged one is told of now
+  _check_requests(chains, allowed, root)
+  write_json(root / CONFIG, chains[0].run.config)
+
+
+def _agree(chains: Sequence[Chain]) -> None:
+  """Checks that all processes were started with the same things."""
+  dataset = chains[0].dataset
+  splits = (dataset.train, dataset.validation, dataset.test)
+  processes.agree(
+    {
+      **{f'config of {c.run.name}': c.run.config for c in chains},
+      'versions': results.versions(),
+      'code': results.code_fingerprint(),
+      'images': [results.crc32(split) for split in splits],
+    }
+  )
 
 
 def _chains(
@@ -137,6 +184,7 @@ def _chains(
         evaluators=evaluators,
         splits=evaluation.cut(splits, experiment.eval.examples),
         save_steps=experiment.save_steps,
+        max_skipped=experiment.max_skipped,
         tensorboard=experiment.tensorboard,
       )
     )
@@ -147,26 +195,49 @@ def run_chain(chain: Chain, main: Chain) -> None:
   """Runs the stages that have no model yet, and evaluates what is new."""
   variables = _first_variables(chain)
   for name, settings, directory in chain.stages:
-    if checkpoint.is_model(directory / 'model'):
-      variables, _ = checkpoint.load_model(directory / 'model')
+    finished = processes.from_first(
+      functools.partial(_finished, directory / 'model')
+    )
+    if finished is not None:
+      variables = finished
       say(f'{chain.run.name}/{name}: finished before')
     else:
-      request = _request(chain, name, main)
-      write_json(directory / 'request.json', request)
+      _write_request(chain, name, main, directory)
       variables = _train(chain, name, settings, variables, directory)
     if 'head' in variables['params']:
       _evaluate(chain, directory)
+
+
+def _write_request(chain, name, main, directory):
+  if processes.is_first():
+    request = _request(chain, name, main)
+    write_json(directory / 'request.json', request)
+
+
+def _finished(path: epath.Path) -> Variables | None:
+  """A stage's last model; None if there is none, or a damaged one, which the
+  stage's last train state can make again."""
+  if not checkpoint.is_model(path):
+    return None
+  try:
+    return checkpoint.load_model(path)[0]
+  except UserError as e:
+    say(f'{e}; set aside as {checkpoint.set_aside(path)}')
+    return None
 
 
 def _first_variables(chain: Chain) -> Variables:
   """Fresh weights, or those of the model that `init_from` names."""
   start = chain.run.init_from
   if not start:
-    return jax.jit(functools.partial(_fresh, chain))()
+    return jax.device_get(jax.jit(functools.partial(_fresh, chain))())
   stage = chain.root / start / 'model'
-  path = stage if checkpoint.is_model(stage) else epath.Path(start)
-  variables, _ = checkpoint.load_model(path)
-  return variables
+
+  def read():
+    path = stage if checkpoint.is_model(stage) else epath.Path(start)
+    return checkpoint.load_model(path)[0]
+
+  return processes.from_first(read)
 
 
 def _fresh(chain: Chain) -> Variables:
@@ -202,8 +273,40 @@ def _rehearse(chains: Sequence[Chain]) -> None:
           f'{e.args[0]}'
         ) from None
       upstream = name
+      label = f'{chain.run.name}/{name}'
+      _warn_of_reach(label, settings)
+      _warn_of_thin_layers(label, settings, variables)
       if chain is chains[0]:
         handed_on[directory.name] = variables
+
+
+def _warn_of_reach(label, settings) -> None:
+  """Says which attack can not use its ball."""
+  attack = getattr(settings, 'attack', None)
+  if attack is not None and attack.reach < 1 - 1e-6:
+    eps, steps = attack.keywords['eps'], attack.keywords['steps']
+    warn(
+      f'{label}: {steps} steps of {attack.keywords["step_size"]:g} do not '
+      f'reach eps, {eps:g}: the attack can not use its ball'
+    )
+
+
+_FEW = 8  # weights of a layer that can hardly carry a signal
+
+
+def _warn_of_thin_layers(label, settings, variables) -> None:
+  """Says which layers pruning leaves with next to nothing."""
+  keep = getattr(settings, 'keep', None)
+  if keep is None:
+    return
+  for path, kernel in models.maskable(flatten(variables['params'])).items():
+    kept = masks.kept_count(kernel.size, keep)
+    if kept < min(_FEW, kernel.size) or kept < kernel.shape[-1] / 8:
+      warn(
+        f'{label} keeps {kept} of the {kernel.size} weights of '
+        f'{path}, which feed {kernel.shape[-1]} channels: the network may be '
+        f'dead; a larger keep (it is {keep:g}) or a wider network helps'
+      )
 
 
 def _outcome(chain, name, settings, upstream):
@@ -244,6 +347,7 @@ def _train(
         'versions': results.versions(),
       },
       save_steps=chain.save_steps,
+      max_skipped=chain.max_skipped,
       tensorboard=chain.tensorboard,
     )
   )
@@ -252,8 +356,11 @@ def _train(
 def _measure(chain: Chain, variables: Variables) -> dict[str, float]:
   """Accuracies while training, under the first attack of the suite."""
   row = {}
+  results.check_weights(jax.device_get(variables))
   for name, split in chain.splits.items():
-    outcome = chain.evaluators[0].outcome(variables, split, chain.run.seed)
+    outcome = chain.evaluators[0].outcome(
+      variables, split, chain.run.seed, watch=lambda *_: interruption.check()
+    )
     for field in ('clean_top1', 'robust_top1'):
       row[f'{name}_{field}'] = round(outcome.percent(field), 4)
   return row
@@ -263,15 +370,20 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
   """Evaluates the models of a stage, last and selected."""
   seed, path = chain.run.seed, chain.root / 'results.json'
   for folder in ('model', *loop.SELECTIONS):
-    if checkpoint.is_model(directory / folder):
+    whole = functools.partial(_finished, directory / folder)
+    if processes.from_first(whole) is not None:
       results.evaluate_model(
         directory / folder, chain.evaluators, chain.splits, seed, path
       )
   first = chain.evaluators[0].attack
   about = {'attack': first.name, **first.ball}
   examples = directory / 'examples.json'
-  done = examples.exists() and read_json(examples, dict)
-  if not (done and about.items() <= done.items()):
+
+  def drawn():
+    done = examples.exists() and read_json(examples, dict)
+    return bool(done and about.items() <= done.items())
+
+  if not processes.from_first(drawn):
     results.write_examples(
       directory / 'model',
       chain.evaluators[0],
@@ -279,27 +391,6 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
       seed,
       _EXAMPLES,
     )
-
-
-def _workdir(path: str) -> epath.Path:
-  """The folder, made if missing.
-
-  Raises:
-    UserError: it can't be written.
-  """
-  if '://' in path:
-    raise UserError(f'--workdir: found {path}, wanted a folder of this machine')
-  root = epath.Path(path).expanduser().resolve()
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    probe = root / '.writable'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as e:
-    raise UserError(
-      f'--workdir: {root} is no folder that can be written: {e.strerror}'
-    ) from None
-  return root
 
 
 def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
@@ -338,25 +429,88 @@ def _request(chain: Chain, stage: str, main: Chain) -> dict[str, Any]:
   return json.loads(json.dumps(request))
 
 
-def _check_requests(chain: Chain, main: Chain) -> None:
-  """Refuses to go on with a folder that another config made.
+def _check_requests(
+  chains: Sequence[Chain], allowed: Collection[str], root: epath.Path
+) -> None:
+  """Compares with the configs that made the folders, and notes the changes.
 
-  A finished stage may be evaluated in another way, though.
+  What decides a stage's model is refused, unless it is allowed by name. A
+  finished stage may be evaluated in another way, though.
+
+  Args:
+    chains: all runs, the main one first.
+    allowed: fields, as 'config.seed', that may have changed.
+    root: the work directory.
+
+  Raises:
+    UserError: a field that was not allowed; all changes are printed before.
   """
-  for stage, _, directory in chain.stages:
-    path = directory / 'request.json'
-    if not path.exists():
-      continue
-    finished = checkpoint.is_model(directory / 'model')
-    before = flatten(read_json(path, dict))
-    now = flatten(_request(chain, stage, main))
-    for field in sorted(before.keys() | now.keys()):
-      if finished and field.startswith('eval/'):
-        continue
-      if before.get(field) != now.get(field):
+  now = json.loads(json.dumps(chains[0].run.config))
+  notes = _Notes(root / CHANGES)
+  config_file = root / CONFIG
+  if config_file.exists():
+    notes.compare(read_json(config_file, dict), now, 'the run')
+  for chain in chains:
+    for stage, _, directory in chain.stages:
+      path = directory / 'request.json'
+      if path.exists():
+        before = read_json(path, dict)
+        request = _request(chain, stage, chains[0])
+        if checkpoint.is_model(directory / 'model'):
+          before.pop('eval', None), request.pop('eval', None)
+        notes.compare(before, request, directory.name, str(directory))
+  unknown = set(allowed) - {change['field'] for change in notes.changes}
+  if unknown:
+    raise UserError(
+      f'--allow_change: {min(unknown)} has not changed; the changes are '
+      f'{", ".join(sorted({c["field"] for c in notes.changes})) or "none"}'
+    )
+  notes.settle(allowed)
+
+
+CONFIG, CHANGES = 'config.json', 'changes.jsonl'
+
+
+class _Notes:
+  """The changes of a config between two starts in one work directory.
+
+  Args:
+    path: `changes.jsonl`, a line for each change that was gone on with.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self.changes: list[dict[str, Any]] = []
+
+  def compare(
+    self, before: dict, now: dict, where: str, folder: str | None = None
+  ) -> None:
+    """Adds what differs; with a `folder`, it decided what is in there."""
+    old, new = flatten(before), flatten(now)
+    for field in sorted(old.keys() | new.keys()):
+      if old.get(field) != new.get(field):
+        change = {'field': 'config.' + field.replace('/', '.'), 'in': where}
+        change |= {'from': old.get(field), 'to': new.get(field)}
+        self.changes.append(change | {'folder': folder})
+
+  def settle(self, allowed: Collection[str]) -> None:
+    """Prints all, refuses what it must, writes down the rest."""
+    known = metrics.read_lines(self._path)
+    same = lambda c: {k: v for k, v in c.items() if k != 'at'}
+    new = [c for c in self.changes if c not in map(same, known)]
+    for change in new:
+      say(
+        f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
+        f'{change["to"]!r}'
+      )
+    for change in new:
+      if change['folder'] and change['field'] not in allowed:
         raise UserError(
-          f'config.{field.replace("/", ".")}: found {now.get(field)!r}, but '
-          f'{directory} was made with {before.get(field)!r}; take another '
-          '--workdir, or delete that folder and those after it'
+          f'{change["field"]}: found {change["to"]!r}, but {change["folder"]} '
+          f'was made with {change["from"]!r}; take another --workdir, delete '
+          'that folder and those after it, or go on with what is there: '
+          f'--allow_change={change["field"]}'
         )
-    metrics.read(directory / 'metrics.jsonl', 0)  # damage is told of now
+    at = datetime.now(UTC).isoformat(timespec='seconds')
+    if new:
+      metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

@@ -1,7 +1,14 @@
-"""Progress on standard error: one moving line, or plain lines without a tty."""
+"""Progress on standard error: one moving line, or plain lines without a tty.
 
+Of several processes the first one speaks.
+"""
+
+import contextlib
+import functools
 import sys
 import time
+
+from rocl_jax import processes
 
 _TERMINAL_SECONDS = 0.2
 _PLAIN_SECONDS = 20.0
@@ -9,8 +16,16 @@ _PLAIN_SECONDS = 20.0
 
 def say(message: str) -> None:
   """Prints a line, over the moving one if there is one."""
+  if not processes.is_first():
+    return
   clear = '\r\x1b[K' if sys.stderr.isatty() else ''
-  print(f'{clear}{message}', file=sys.stderr, flush=True)
+  _print(f'{clear}{message}\n')
+
+
+@functools.cache  # once for each message
+def warn(message: str) -> None:
+  """Prints a warning, unless it was printed before."""
+  say(f'warning: {message}')
 
 
 class Progress:
@@ -93,10 +108,16 @@ class Countdown:
 
 
 def _show(line, terminal):
-  if terminal:
-    print(f'\r\x1b[K{line}', end='', file=sys.stderr, flush=True)
-  else:
-    print(line, file=sys.stderr, flush=True)
+  if not processes.is_first():
+    return
+  _print(f'\r\x1b[K{line}' if terminal else f'{line}\n')
+
+
+def _print(text):
+  # Who listened may have gone: no reason for a run to end.
+  with contextlib.suppress(OSError, ValueError):
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

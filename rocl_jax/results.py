@@ -6,6 +6,8 @@ percent.
 """
 
 import hashlib
+import json
+import pathlib
 import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rocl_jax import checkpoint, journal, models
+from rocl_jax import checkpoint, interruption, journal, models, processes
 from rocl_jax.attacks.ensemble import passes_left
 from rocl_jax.attacks.robustness import Outcome
 from rocl_jax.data import Split
@@ -69,13 +71,13 @@ def evaluate_model(
   Raises:
     RunFailed: the weights are not those that `model.json` speaks of.
   """
-  variables, about = checkpoint.load_model(path)
+  variables, about = processes.from_first(lambda: checkpoint.load_model(path))
   for field, value in identity(variables).items():
     if about[field] != value:
       raise RunFailed(
         f'{path}: holds other weights than {checkpoint.ABOUT} says ({field})'
       )
-  records = read(results)
+  records = processes.from_first(lambda: read(results))
   asked = []
   for evaluator in evaluators:
     for name, split in splits.items():
@@ -90,9 +92,10 @@ def evaluate_model(
           new = protocol | _measured(
             outcome, evaluator, split, variables, about
           )
-        found = [new]
+        found = [_stamped(new)]
         records = _merge(records, found)
-        write_json(results, records)
+        if processes.is_first():
+          write_json(results, records)
       asked += found
   return asked
 
@@ -121,7 +124,8 @@ def _attack(
   countdown = Countdown(label)
 
   def watch(fates, passes):
-    book.write(fates)
+    book.write(fates, now=interruption.requested())
+    interruption.check()
     turn, robust = turns[int(fates.turn)], int(fates.robust.sum())
     note = f'{turn}, {robust} of {n} images robust'
     countdown.show(passes, passes_left(members, fates), note)
@@ -245,8 +249,9 @@ def identity(variables: Variables) -> Record:
     ..., 'kept': ...}} of their masks.
 
   Raises:
-    RunFailed: a pruned weight is not zero.
+    RunFailed: see `check_weights`.
   """
+  check_weights(variables)
   flat = {k: np.asarray(x) for k, x in flatten(variables).items()}
   digest = hashlib.sha256()
   for path in sorted(flat):
@@ -258,8 +263,6 @@ def identity(variables: Variables) -> Record:
   for path, leaf in kernels.items():
     kernel = np.asarray(leaf)
     mask = np.asarray(masks.get(path, np.ones(kernel.shape, bool)))
-    if np.any(kernel[~mask]):
-      raise RunFailed(f'{path}: weights outside the mask are not zero')
     counts[path] = {'size': kernel.size, 'kept': int(mask.sum())}
     zeros += int((kernel == 0).sum())
   size = sum(layer['size'] for layer in counts.values())
@@ -270,6 +273,18 @@ def identity(variables: Variables) -> Record:
   }
 
 
+def check_weights(variables: Variables) -> None:
+  """Raises RunFailed if a pruned weight is not zero, or one is not finite."""
+  flat = flatten({k: variables[k] for k in ('params', 'batch_stats')})
+  for path, x in flat.items():
+    if not np.isfinite(x).all():
+      raise RunFailed(f'{path}: there are weights that are not finite')
+  for path, mask in variables.get('masks', {}).items():
+    kernel = np.asarray(flat['params/' + path])
+    if np.any(kernel[~np.asarray(mask, bool)]):
+      raise RunFailed(f'{path}: weights outside the mask are not zero')
+
+
 def write_examples(
   path: epath.Path, evaluator: Evaluator, split: Split, seed: int, count: int
 ) -> None:
@@ -277,9 +292,11 @@ def write_examples(
 
   Values are in [0, 1], to four decimals: enough for a picture.
   """
-  variables, about = checkpoint.load_model(path)
+  variables, about = processes.from_first(lambda: checkpoint.load_model(path))
   split = Split(split.images[:count], split.labels[:count])
   outcome, adversarial = evaluator.images(variables, split, seed)
+  if not processes.is_first():
+    return
   clean = split.images / 255
   rounded = lambda x: np.round(x.astype(float), 4).tolist()
   images = [
@@ -310,10 +327,25 @@ def read(path: epath.Path) -> list[Record]:
   if not path.exists():
     return []
   records = read_json(path, list)
-  for record in records:
+  for i, record in enumerate(records):
     if not isinstance(record, dict) or not set(_NAMES) <= record.keys():
       raise UserError(f'{path}: found {record!r:.40}, wanted a record')
+    if record.get('checksum', '') not in ('', _checksum(record)):
+      raise UserError(
+        f'{path}: record {i}, {record["attack"]} on {record["run"]}/'
+        f'{record["stage"]}, is not what was written; delete it to measure anew'
+      )
   return records
+
+
+def _stamped(record: Record) -> Record:
+  return record | {'checksum': _checksum(record)}
+
+
+def _checksum(record: Record) -> str:
+  rest = {k: v for k, v in record.items() if k != 'checksum'}
+  text = json.dumps(rest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _merge(records: list[Record], new: list[Record]) -> list[Record]:
@@ -327,6 +359,16 @@ def versions() -> dict[str, str]:
   packages = ('rocl-jax', 'jax', 'jaxlib', 'flax', 'optax')
   found = {p: version_of(p) or 'not installed' for p in packages}
   return found | {'commit': _commit(), 'device': jax.devices()[0].device_kind}
+
+
+def code_fingerprint() -> str:
+  """Tells this package's source from another's, committed or not."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parent
+  for path in sorted(root.rglob('*.py')):
+    digest.update(path.relative_to(root).as_posix().encode())
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def version_of(package: str) -> str:

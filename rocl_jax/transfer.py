@@ -19,7 +19,6 @@ from rocl_jax.errors import UserError
 from rocl_jax.evaluation import EvaluationAttack
 from rocl_jax.files import read_json, write_json
 from rocl_jax.saved import Saved
-from rocl_jax.trees import unflatten
 from rocl_jax.types import Variables
 
 Record = dict[str, Any]
@@ -164,13 +163,13 @@ def dense_variables(model: Saved) -> Variables:
   state = checkpoint.read_state(folder) if folder.exists() else None
   trained = (state or {}).get('trained', {})
   weights = trained.get('trainable', {})
-  if model.folder.name != 'model' or 'head/kernel' not in weights:
+  if model.folder.name != 'model' or 'kernel' not in weights.get('head', {}):
     raise UserError(
       f'{field}: wanted the last model of a fine-tuning stage, with its train '
       f'state in {folder}'
     )
   return {
-    'params': unflatten(weights),
+    'params': weights,
     'batch_stats': trained['batch_stats'],
   }
 

@@ -74,6 +74,18 @@ class Stage(NamedTuple):
   finish: Callable[[Trained], Variables]
 
 
+class Skips(NamedTuple):
+  """Updates left out, as their loss or gradient was not finite.
+
+  Attributes:
+    epoch: bool [S], the steps of this epoch so far that were.
+    in_row: int32, how many of the last steps, without one in between.
+  """
+
+  epoch: jax.Array
+  in_row: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
@@ -85,10 +97,12 @@ class TrainState:
     step: updates done.
     trained: see Trained.
     opt_state: the optimiser's.
-    sums: this epoch's metrics, summed over its steps so far.
+    sums: this epoch's metrics, summed over its steps so far that counted.
+    skips: the steps that did not.
   """
 
   step: jax.Array
   trained: Trained
   opt_state: Any
   sums: Metrics
+  skips: Skips

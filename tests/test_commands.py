@@ -142,53 +142,120 @@ def test_the_same_command_again_does_nothing_twice(call, finished):
   assert (workdir / 'report.md').read_bytes() == report
 
 
-def test_killed_and_started_again_it_ends_bit_equal(
+def stop_after(command, environment, lines, delay, number):
+  """Starts a run and sends it a signal some time after a line of its output.
+
+  Returns:
+    Exit status and output; the status is 0 if it was over before.
+  """
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  output = [process.stderr.readline() for _ in range(lines)]
+  time.sleep(delay)
+  process.send_signal(number)
+  output += process.stderr.readlines()
+  return process.wait(timeout=60), ''.join(output)
+
+
+def assert_same_run(workdir, straight):
+  """Weights, statistics, masks, optimisers and rows are equal to the bit."""
+  stages = ('1_pretrain', '2_supervised', '3_prune', '4_finetune')
+  for stage in (*stages, 'natural/1_supervised', 'rocl/1_linear_eval'):
+    one, other = workdir / stage, straight / stage
+    folders = [p.name for p in other.iterdir() if checkpoint.is_model(p)]
+    assert 'model' in folders
+    for folder in folders:
+      actual, _ = checkpoint.load_model(epath.Path(one / folder))
+      wanted, _ = checkpoint.load_model(epath.Path(other / folder))
+      assert_equal_trees(actual, wanted)
+    states = [
+      checkpoint.read_state(epath.Path(root / 'checkpoints'))
+      for root in (one, other)
+    ]
+    assert_equal_trees(*states)
+    rows = [
+      [clockless(json.loads(line)) for line in path.read_text().splitlines()]
+      for path in (one / 'metrics.jsonl', other / 'metrics.jsonl')
+    ]
+    assert rows[0] == rows[1]
+  # The checksum covers the versions, among them this checkout's state.
+  clocks = ('versions', 'checksum')
+  without = lambda r: {k: v for k, v in r.items() if k not in clocks}
+  identity = lambda r: (r['run'], r['stage'], r['selection'], r['split'])
+  records = [
+    sorted(map(without, records_of(root)), key=identity)
+    for root in (workdir, straight)
+  ]
+  assert records[0] == records[1]
+
+
+def assert_equal_trees(actual, wanted):
+  actual, wanted = flatten(actual), flatten(wanted)
+  assert actual.keys() == wanted.keys()
+  for path in wanted:
+    np.testing.assert_array_equal(actual[path], wanted[path], err_msg=path)
+
+
+def test_stopped_and_started_again_it_ends_bit_equal(
   finished, environment, call, tmp_path
 ):
-  """kill -9 in three stages, at moments that nothing waits for."""
+  """kill -9 three times, SIGTERM, SIGINT, a damaged save and a damaged model;
+  then the same command, and the same network."""
+  straight, _ = finished
+  workdir = tmp_path / 'stopped'
+  command = [sys.executable, 'train.py', *SMALL, f'--workdir={workdir}']
+  random = np.random.default_rng(0)
+  kill, term, interrupt = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+  for number, lines in ((kill, 3), (term, 5), (kill, 6), (interrupt, 6)):
+    delay = random.uniform(0, 0.5)
+    status, output = stop_after(command, environment, lines, delay, number)
+    assert status == {kill: -9, term: 143, interrupt: 130}[number], output
+    if number != kill:
+      assert 'the same command goes on' in output
+  status, output = stop_after(command, environment, 8, 0.2, kill)
+  assert status == -9
+  damaged = [p for p in workdir.glob('*/checkpoints/[0-9]*/state/d/*')]
+  content = bytearray(damaged[-1].read_bytes())
+  content[len(content) // 2] ^= 1
+  damaged[-1].write_bytes(content)
+  model = next((workdir / '1_pretrain/model/variables/d').iterdir())
+  model.write_bytes(model.read_bytes()[:-1])
+  last = call('train.py', *SMALL, f'--workdir={workdir}')
+  assert last.stderr.count('set aside') == 2
+  assert_same_run(workdir, straight)
+  healthy = call('-m', 'rocl_jax.doctor', workdir)
+  assert 'whole' in healthy.stdout and 'DAMAGED' not in healthy.stdout
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_instants(
+  finished, environment, call, tmp_path
+):
+  """During steps, saves, hand-over, evaluation and report."""
   straight, _ = finished
   workdir = tmp_path / 'killed'
   command = [sys.executable, 'train.py', *SMALL, f'--workdir={workdir}']
-  moments = (('1_pretrain', 0.3), ('2_supervised', 0.2), ('4_finetune', 0.0))
-  for stage, delay in moments:
-    process = subprocess.Popen(
-      command,
-      cwd=ROOT,
-      env=environment,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
+  random = np.random.default_rng(int(time.time()))
+  kills, where = 0, []
+  while kills < 20:
+    lines, delay = int(random.integers(1, 9)), random.uniform(0, 2)
+    status, output = stop_after(
+      command, environment, lines, delay, signal.SIGKILL
     )
-    rows = workdir / stage / 'metrics.jsonl'
-    deadline = time.monotonic() + 300
-    while not rows.exists() and process.poll() is None:
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
-    time.sleep(delay)
-    assert process.poll() is None, 'it was over before the kill'
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kills += status == -9
+    where.append(output.splitlines()[-1] if output else '')
+    if status == 0:  # begin again somewhere in the middle
+      stage = random.choice(['2_supervised', '3_prune', '4_finetune', 'rocl'])
+      shutil.rmtree(workdir / stage, ignore_errors=True)
   call('train.py', *SMALL, f'--workdir={workdir}')
-
-  for stage in ('1_pretrain', '2_supervised', '3_prune', '4_finetune'):
-    for folder in ('model', 'best_validation', 'best_test'):
-      if stage == '1_pretrain' and folder != 'model':
-        continue
-      one, _ = checkpoint.load_model(epath.Path(straight / stage / folder))
-      other, _ = checkpoint.load_model(epath.Path(workdir / stage / folder))
-      one, other = flatten(one), flatten(other)
-      assert one.keys() == other.keys()
-      for path in one:
-        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
-    rows = [
-      [clockless(json.loads(line)) for line in path.read_text().splitlines()]
-      for root in (straight, workdir)
-      for path in [root / stage / 'metrics.jsonl']
-    ]
-    assert rows[0] == rows[1]
-  without = lambda r: {k: v for k, v in r.items() if k != 'versions'}
-  assert [*map(without, records_of(straight))] == [
-    *map(without, records_of(workdir))
-  ]
+  print('\n'.join(where))
+  assert_same_run(workdir, straight)
 
 
 def test_a_saved_model_can_be_evaluated_again(call, finished):
@@ -325,7 +392,12 @@ def test_other_mistakes(call, finished, tmp_path):
   ]:
     result = call(*arguments, status=2)
     assert wanted in result.stderr, result.stderr
-    assert result.stderr.count('\n') == 1, result.stderr
+    told = [  # what a changed config differs in stands before
+      line
+      for line in result.stderr.splitlines()
+      if ' was ' not in line and not line.startswith('warning')
+    ]
+    assert len([x for x in told if x]) == 1, result.stderr
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_transfer_and_the_published_artefact(tmp_path):
     save(tmp_path / 'o' / '1_supervised' / 'model', random_model(1), run='nat'),
   ]
   trainable = {p: x for p, x in dense.items() if not p.startswith('projector')}
-  with checkpoint.open_states(epath.Path(target / 'checkpoints')) as manager:
+  with checkpoint.States(epath.Path(target / 'checkpoints')) as states:
     state = {
       'trained': {
         'trainable': trainable,
@@ -224,7 +224,7 @@ def test_transfer_and_the_published_artefact(tmp_path):
         'batch_stats': variables['batch_stats'],
       }
     }
-    checkpoint.save_state(manager, 3, state)
+    states.save(3, state, [])
   config = config_of('matrix')
   found = evaluate(config, folders).transfers
   cells = {(r['source_name'], r['target_name']): r for r in found}

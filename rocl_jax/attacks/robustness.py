@@ -95,7 +95,7 @@ def build(
   """
   everywhere = NamedSharding(mesh, PartitionSpec())
   batches = NamedSharding(mesh, PartitionSpec('data'))
-  clean = compiled.jit(_clean(forwards))
+  clean = compiled.jit(_clean(forwards), out_shardings=everywhere)
   programs = [_attempt(attack, forwards, mesh) for _, attack in members]
   costs = [a.passes for _, a in members for _ in range(a.turns)]
 
@@ -130,9 +130,9 @@ def build(
     found = _floats(images) if keep else None
 
     def attempt(member, turn, rows, size):
-      key = jax.random.key(seed)
-      key = jax.random.fold_in(key, zlib.crc32(members[member][0].encode()))
-      return programs[member](variables, *place(rows, size), key, turn)
+      name = np.uint32(zlib.crc32(members[member][0].encode()))
+      which = (np.uint32(seed), name, np.int32(turn))
+      return programs[member](variables, *place(rows, size), *which)
 
     def settled(fates, rows, seen):
       if found is not None:
@@ -176,7 +176,8 @@ def _attempt(
   """One turn of an attack as a program."""
   norm = BALLS[attack.norm].norm
 
-  def part(variables, images, labels, rows, key, turn):
+  def part(variables, images, labels, rows, seed, name, turn):
+    key = jax.random.fold_in(jax.random.key(seed), name)
     attacked, judge = forwards(variables)
     images = _floats(images)
     keys = image_keys(key, rows)
@@ -201,11 +202,13 @@ def _attempt(
   mapped = jax.shard_map(
     part,
     mesh=mesh,
-    in_specs=(every, split, split, split, every, every),
+    in_specs=(every, split, split, split, every, every, every),
     out_specs=split,
     check_vma=False,
   )
-  return compiled.jit(mapped)
+  # Every process sees all results, so that all take the same turns.
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return compiled.jit(mapped, out_shardings=everywhere)
 
 
 def _floats(images):

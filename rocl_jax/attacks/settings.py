@@ -48,6 +48,13 @@ class AttackSettings:
     return cls(name, keywords)
 
   @property
+  def reach(self) -> float:
+    """How far the steps lead from a start, at most; in units of eps."""
+    eps, steps = (self.keywords.get(k, 0) for k in ('eps', 'steps'))
+    way = steps * self.keywords.get('step_size', 0)
+    return way / eps if eps and way else 1.0
+
+  @property
   def attack(self) -> Callable[..., jax.Array]:
     """(objective, images, key) -> images."""
     return functools.partial(ATTACKS[self.name], **self.keywords)

@@ -7,6 +7,7 @@
 |---|---|
 | `tfds` | TensorFlow Datasets' data_dir; '' is its default. CIFAR-10 |
 | `binary` | the folder of CIFAR-10's official binary version |
+| `python` | the folder of its official Python version, never unpickled |
 | `folder` | a folder with train/<class>/ and test/<class>/ images |
 | `digits` | not used: scikit-learn's digits, 8x8 pixels |
 
@@ -24,7 +25,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rocl_jax.data import binary, corruptions, digits, folder, tfds
+from rocl_jax.data import (
+  binary,
+  corruptions,
+  digits,
+  folder,
+  python_version,
+  tfds,
+)
 from rocl_jax.data.records import Dataset, RawDataset, Split, validate
 from rocl_jax.errors import UserError, nearest
 
@@ -41,12 +49,14 @@ __all__ = [
 SOURCES: dict[str, Callable[[str], RawDataset]] = {
   'tfds': tfds.read,
   'binary': binary.read,
+  'python': python_version.read,
   'folder': folder.read,
   'digits': digits.read,
 }
 _CHECKS: dict[str, Callable[[str], None]] = {
   'tfds': tfds.check,
   'binary': binary.check,
+  'python': python_version.check,
   'folder': folder.check,
   'digits': digits.check,
 }

@@ -27,6 +27,7 @@ from rocl_jax.errors import UserError
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 _WANTED = 'a folder with train/<class>/*.jpg|jpeg|png and test/<class>/...'
 _EIGHT_BIT_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA')
+_LARGEST = 1 << 24  # pixels: a few bytes of PNG can ask for any number
 _CHUNK = 256  # files a task: fewer would spend the time on scheduling
 
 
@@ -167,13 +168,21 @@ def _decode_image(
           f'config.data.dir: {path} is {width}x{height} pixels but '
           f'{like[0]} is {like[1][1]}x{like[1][0]}; wanted one size'
         )
+      if height * width > _LARGEST:
+        raise UserError(
+          f'config.data.dir: {path} is {width}x{height} pixels; wanted at most '
+          f'{_LARGEST}'
+        )
       if mode not in _EIGHT_BIT_MODES:
         raise UserError(
           f'config.data.dir: {path} has mode {mode}; wanted RGB or grey '
           'with 8 bits a channel'
         )
       return np.asarray(image.convert('RGB'))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+  except UserError:
+    raise
+  # A damaged image raises whatever pillow's parsers raise.
+  except Exception as e:
     raise UserError(
       f'config.data.dir: {path} cannot be decoded ({one_line(e)}); '
       'wanted a JPEG or PNG image'

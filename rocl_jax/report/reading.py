@@ -44,7 +44,8 @@ TRANSFER_IDENTITY = (
 def _read_json(path: Path) -> Any:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:  # also covers bytes that are not UTF-8
+  # ValueError also covers bytes that are not UTF-8.
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path}: not valid JSON: {error}') from error
 
 
@@ -155,7 +156,8 @@ def _read_audit(path: Path) -> list[Record]:
     _require(f'{where}: curves', curves, {})
     for name, points in curves.items():
       wanted = {name: NUMBER, 'robust_top1': NUMBER}
-      _require_list(f'{where}: curves.{name}', points, wanted, 'point')
+      title = ' '.join(name.split())[:40]  # one line, whatever it is
+      _require_list(f'{where}: curves.{title}', points, wanted, 'point')
   return audits
 
 
@@ -230,7 +232,10 @@ def _read_metrics(path: Path) -> list[Record]:
     try:
       row = json.loads(line)
       rows[int(row['epoch'])] = row
-    except (ValueError, TypeError, KeyError) as error:
+    except (
+      *(ValueError, TypeError, KeyError),
+      *(OverflowError, RecursionError),  # Infinity, and brackets in brackets
+    ) as error:
       # The last line of a run in progress may still be half written.
       if number == len(lines):
         break

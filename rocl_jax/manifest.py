@@ -1,0 +1,123 @@
+"""What a folder must hold, to the byte: written last, checked before use.
+
+  seal(folder, {'step': 200})    # lists every file in it with its checksum
+  about = verify(folder)         # raises Damaged, or returns {'step': 200}
+
+Orbax restores flipped bits and half-written folders without a word. A folder
+with a manifest is whole; one without is none.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+MANIFEST = 'manifest.json'
+_CHUNK = 1 << 22
+
+
+class Damaged(Exception):
+  """A folder is not what its manifest says; one line that names the file."""
+
+
+def seal(folder: epath.Path, about: dict[str, Any]) -> None:
+  """Writes the manifest: `about`, and size and SHA-256 of every file.
+
+  Args:
+    folder: nothing may write to it any more.
+    about: JSON to keep with it, under the same protection.
+  """
+  files = {}
+  for path in _files(folder):
+    size, digest = _checksum(path, sync=True)
+    name = path.relative_to(folder).as_posix()
+    files[name] = {'bytes': size, 'sha256': digest}
+  content = {'about': about, 'files': files}
+  text = json.dumps(content | {'sha256': _own(content)}, indent=1)
+  new = folder / (MANIFEST + '.new')
+  new.write_text(text + '\n')
+  _checksum(new, sync=True)
+  new.replace(folder / MANIFEST)
+
+
+def is_sealed(folder: epath.Path) -> bool:
+  """Whether the folder was finished; nothing of it is read."""
+  return (folder / MANIFEST).exists()
+
+
+def verify(folder: epath.Path) -> dict[str, Any]:
+  """Reads every file and compares.
+
+  Returns:
+    What `about` was when the folder was sealed.
+
+  Raises:
+    Damaged: the manifest or a file is missing, or not what it was.
+  """
+  content = read(folder)
+  for name, wanted in content['files'].items():
+    path = folder / name
+    try:
+      size, digest = _checksum(path)
+    except OSError as e:
+      raise Damaged(f'{path}: can not be read: {e.strerror or e}') from None
+    if size != wanted['bytes']:
+      raise Damaged(f'{path}: has {size} bytes, wanted {wanted["bytes"]}')
+    if digest != wanted['sha256']:
+      raise Damaged(f'{path}: its bytes are not those that were written')
+  return content['about']
+
+
+def read(folder: epath.Path) -> dict[str, Any]:
+  """The manifest alone: {'about': ..., 'files': {name: {'bytes', 'sha256'}}}.
+
+  Raises:
+    Damaged: it is missing, or not what it was.
+  """
+  path = folder / MANIFEST
+  try:
+    content = json.loads(path.read_bytes())
+    wanted = content.pop('sha256')
+    if wanted != _own(content):
+      raise ValueError('it is not what was written')
+    named = all(_is_inside(name) for name in content['files'])
+    if not named or not isinstance(content['about'], dict):
+      raise ValueError('no manifest of ours')
+  except FileNotFoundError:
+    raise Damaged(f'{path}: missing') from None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise Damaged(f'{path}: can not be read: {e}') from None
+  except RecursionError:
+    raise Damaged(f'{path}: can not be read: nested too deeply') from None
+  return content
+
+
+def _own(content: dict[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+  return not name.startswith('/') and '..' not in name.split('/')
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _files(path)
+    elif path.name != MANIFEST:
+      yield path
+
+
+def _checksum(path: epath.Path, sync: bool = False) -> tuple[int, str]:
+  digest, size = hashlib.sha256(), 0
+  with path.open('rb') as file:
+    while chunk := file.read(_CHUNK):
+      digest.update(chunk)
+      size += len(chunk)
+    if sync:
+      os.fsync(file.fileno())
+  return size, digest.hexdigest()

@@ -1,0 +1,200 @@
+"""The work directory: one run at a time, and a note on how the last one ended.
+
+  root = make(path, '--workdir')
+  with claim(root, '--workdir'):
+    ...
+
+`run.json` says who holds the folder, or how its last holder ended. On one
+machine the kernel's file lock decides, which a dead process can not keep; on a
+file system shared between machines the holder renews the file's time, and one
+that has not done so for two minutes is dead.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from etils import epath
+
+from rocl_jax import processes
+from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.interruption import Interrupted
+
+RUN = 'run.json'
+_BEAT = 20.0  # seconds between signs of life
+_SILENCE = 120.0  # without one the holder is dead
+
+
+def make(path: str, field: str) -> epath.Path:
+  """The folder, made if missing.
+
+  Args:
+    path: what the user wrote.
+    field: where, for messages.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  if '://' in path:
+    raise UserError(f'{field}: found {path}, wanted a folder of this machine')
+  root = epath.Path(path).expanduser().resolve()
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    probe = root / '.writable'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as e:
+    raise UserError(
+      f'{field}: {root} is no folder that can be written: {e.strerror}'
+    ) from None
+  return root
+
+
+@contextlib.contextmanager
+def claim(root: epath.Path, field: str, name: str = RUN) -> Iterator[None]:
+  """Holds a folder against other runs.
+
+  Args:
+    root: the folder.
+    field: where the user named it, for messages.
+    name: of the file that says who holds it.
+
+  Raises:
+    UserError: another run holds it; the message says which.
+  """
+  path = pathlib.Path(root) / name
+  file, me = processes.from_first(lambda: _acquire(path, field))
+  if not processes.is_first():
+    yield
+    return
+  try:
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+    try:
+      yield
+      me['status'] = 'finished'
+    except Interrupted as e:
+      me['status'] = f'interrupted by {e}'
+      raise
+    except (UserError, RunFailed) as e:
+      me['status'] = f'failed: {e}'
+      raise
+    except BaseException as e:
+      me['status'] = f'failed: {type(e).__name__}: {e}'
+      raise
+    finally:
+      ended.set()
+      me['ended'] = datetime.now(UTC).isoformat(timespec='seconds')
+      with contextlib.suppress(OSError):  # a full disk, say
+        _write(file, me)
+  finally:
+    os.close(file)  # and with it goes the lock
+
+
+def _acquire(path, field):
+  """Takes the folder; (the open file, what it says of this process)."""
+  file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _held(path, field, _read(path)) from None
+    except OSError:  # a file system without locks: the file's time decides
+      pass
+    holder = _read(path)
+    elsewhere = holder.get('host') != socket.gethostname()
+    if holder.get('status') == 'running' and elsewhere and _fresh(path):
+      raise _held(path, field, holder)
+    me = {
+      'status': 'running',
+      'host': socket.gethostname(),
+      'process': os.getpid(),
+      'started': datetime.now(UTC).isoformat(timespec='seconds'),
+      'command': ' '.join(sys.argv),
+    }
+    _write(file, me)
+  except BaseException:
+    os.close(file)
+    raise
+  return file, me
+
+
+def holder(root: epath.Path, name: str = RUN) -> dict[str, Any]:
+  """What the file says; `alive` tells whether its process holds the folder.
+
+  Returns:
+    An empty dict where nothing ever ran.
+  """
+  path = pathlib.Path(root) / name
+  found = _read(path)
+  if not found:
+    return {}
+  alive = False
+  if found.get('status') == 'running':
+    alive = _fresh(path)
+    if found.get('host') == socket.gethostname():
+      alive = _locked(path)
+  return found | {'alive': alive}
+
+
+def _locked(path):
+  with contextlib.suppress(OSError):
+    file = os.open(path, os.O_RDONLY)
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+    finally:
+      os.close(file)
+  return False
+
+
+def _held(path, field, holder):
+  who = (
+    f'process {holder.get("process", "?")} on {holder.get("host", "?")}, '
+    f'started {holder.get("started", "?")}'
+  )
+  return UserError(
+    f'{field}: {path.parent} is in use by {who}; wait for it, stop it, or take '
+    'another folder'
+  )
+
+
+def _read(path):
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _write(file, value):
+  text = json.dumps(value, indent=1).encode() + b'\n'
+  os.ftruncate(file, 0)
+  os.pwrite(file, text, 0)
+
+
+def _fresh(path):
+  """Whether the holder gave a sign of life, by the file system's own clock."""
+  try:
+    probe = path.with_name(f'.{path.name}.{os.getpid()}')
+    probe.write_text('')
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now - path.stat().st_mtime < _SILENCE
+  except OSError:
+    return False
+
+
+def _beat(path, ended):
+  while not ended.wait(_BEAT):
+    with contextlib.suppress(OSError):
+      os.utime(path)

@@ -1,0 +1,672 @@
+"""Faults of disks, processes and numbers: nothing lost, nothing silently wrong.
+
+The numbers in brackets are those of the table in `tests/faults/README.md`.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from test_stages import (
+  TRAIN,
+  assert_equal_trees,
+  rows_without_clocks,
+  settings_of,
+  stage_run,
+  stem_size,
+)
+
+from rocl_jax import (
+  checkpoint,
+  doctor,
+  loop,
+  manifest,
+  metrics,
+  models,
+  optim,
+  pipeline,
+  results,
+  workdir,
+)
+from rocl_jax.attacks.settings import AttackSettings
+from rocl_jax.checkpoint import States
+from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.manifest import Damaged
+from rocl_jax.trees import flatten
+from rocl_jax.types import Batch
+
+STATE = {
+  'step': jnp.int32(0),
+  'trained': {'scores': {'encoder/stem/kernel': jnp.ones((3, 3, 3, 4))}},
+  'opt_state': ({'count': jnp.int32(7)}, jnp.zeros((300,))),
+}
+
+
+def state_of(step):
+  return jax.tree.map(lambda x: x + step, STATE)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """States of steps 1, 2 and 3 were saved; 2 and 3 are kept."""
+  with States(epath.Path(tmp_path)) as states:
+    for step in (1, 2, 3):
+      states.save(step, state_of(step), [{'epoch': step}])
+  assert checkpoint.steps(epath.Path(tmp_path)) == [2, 3]
+  return tmp_path
+
+
+def largest_file(folder):
+  files = [p for p in folder.rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def array_file(folder):
+  """A file of the arrays, not of what describes them."""
+  return largest_file(folder / 'state' / 'd')
+
+
+def truncate(folder):
+  path = array_file(folder)
+  path.write_bytes(path.read_bytes()[:-1])
+  return path
+
+
+def flip_a_bit(folder):
+  path = array_file(folder)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  return path
+
+
+def remove_a_file(folder):
+  path = array_file(folder)
+  path.unlink()
+  return path
+
+
+def empty_the_metadata(folder):
+  path = folder / 'state' / '_METADATA'
+  path.write_text('')
+  return path
+
+
+def garbage_in_the_manifest(folder):
+  path = folder / manifest.MANIFEST
+  path.write_text('{"about": 3')
+  return path
+
+
+def other_digits_in_the_manifest(folder):
+  path = folder / manifest.MANIFEST
+  path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+  return path
+
+
+DAMAGES = [
+  truncate,
+  flip_a_bit,
+  remove_a_file,
+  empty_the_metadata,
+  garbage_in_the_manifest,
+  other_digits_in_the_manifest,
+]
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_save_is_named_and_the_one_before_is_used(
+  damage, saved, capfd
+):
+  """[3, 4, 5] Orbax alone restores most of these without a word."""
+  path = damage(saved / '3')
+  with States(epath.Path(saved)) as states:
+    restored, rows = states.restore(like=STATE)
+  assert str(path) in capfd.readouterr().err
+  assert_equal_trees(restored['trained'], state_of(2)['trained'])
+  np.testing.assert_array_equal(restored['opt_state'][1], np.full(300, 2.0))
+  assert rows == [{'epoch': 2}]
+  assert (saved / 'damaged' / '3').is_dir() and not (saved / '3').exists()
+
+
+def test_a_save_without_its_manifest_does_not_count(saved):
+  """[5] It was interrupted; so was the folder that is still being written."""
+  (saved / '3' / manifest.MANIFEST).unlink()
+  shutil.copytree(saved / '2', saved / '4.writing')
+  with States(epath.Path(saved)) as states:
+    restored, _ = states.restore(like=STATE)
+    assert restored['step'] == 2
+    states.save(3, state_of(3), [])
+  assert checkpoint.steps(epath.Path(saved)) == [2, 3]
+  assert not (saved / '4.writing').exists()
+
+
+def test_no_whole_save_is_no_reason_to_start_anew(saved):
+  """[3] Days of work may be lost: that is for people to decide."""
+  truncate(saved / '2'), flip_a_bit(saved / '3')
+  with States(epath.Path(saved)) as states:
+    with pytest.raises(RunFailed, match='no save is whole'):
+      states.restore(like=STATE)
+
+
+def other_shape(state):
+  return state | {'trained': {'scores': {'encoder/stem/kernel': jnp.ones(4)}}}
+
+
+def other_dtype(state):
+  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+
+
+def one_more(state):
+  return state | {'ema': jnp.zeros(3)}
+
+
+def one_less(state):
+  return {k: v for k, v in state.items() if k != 'opt_state'}
+
+
+@pytest.mark.parametrize(
+  'change, told',
+  [
+    (
+      other_shape,
+      r'kernel is float32\[3, 3, 3, 4\], wanted float32\[4\]',
+    ),
+    (other_dtype, r'step is int32\[\], wanted bfloat16\[\].* and 1 more'),
+    (one_more, r'ema is missing, wanted float32\[3\]'),
+    (one_less, r'opt_state/0/count is int32\[\], wanted none'),
+  ],
+)
+def test_another_networks_state_is_refused_field_by_field(change, told, saved):
+  """[10] Orbax would cast dtypes."""
+  with States(epath.Path(saved)) as states:
+    with pytest.raises(UserError, match=told):
+      states.restore(like=change(STATE))
+  assert checkpoint.steps(epath.Path(saved)) == [2, 3]
+
+
+def test_a_save_counts_when_it_was_read_back(saved, monkeypatch):
+  """Nothing goes before its successor is known to be good."""
+  monkeypatch.setattr(checkpoint, '_PAUSES', (0.0,))
+  monkeypatch.setattr(
+    checkpoint, '_restore', lambda path: {'step': np.zeros(3)}
+  )
+  with States(epath.Path(saved)) as states:
+    states.save(4, state_of(4), [])
+    with pytest.raises(RunFailed, match='read back is not what was written'):
+      states.wait()
+    states._failure = None
+  assert checkpoint.steps(epath.Path(saved)) == [2, 3]
+  assert not list(saved.glob('*.writing'))
+
+
+def test_a_write_error_is_tried_again_and_then_told(
+  saved, monkeypatch, tmp_path
+):
+  """[31] As of a remote disk that is away for a moment, or for good."""
+  monkeypatch.setattr(checkpoint, '_PAUSES', (0.0, 0.0))
+  fill, failures = checkpoint._fill, [2]
+
+  def flaky(*arguments):
+    failures[0] -= 1
+    if failures[0] >= 0:
+      raise OSError('503 service unavailable')
+    fill(*arguments)
+
+  monkeypatch.setattr(checkpoint, '_fill', flaky)
+  with States(epath.Path(saved)) as states:
+    states.save(4, state_of(4), [])
+  assert checkpoint.steps(epath.Path(saved)) == [3, 4]
+  failures[0] = 99
+  with pytest.raises(RunFailed) as told:
+    with States(epath.Path(saved)) as states:
+      states.save(5, state_of(5), [])
+  message = str(told.value)
+  for part in ('step 5', str(saved), '503', 'to write', 'free', 'step 4 is'):
+    assert part in message
+  assert checkpoint.steps(epath.Path(saved)) == [3, 4]
+
+
+SAVER = """
+import sys, resource, signal
+import jax.numpy as jnp
+from etils import epath
+from rocl_jax import checkpoint, errors
+checkpoint._PAUSES = (0.1,)
+path = epath.Path(sys.argv[1])
+like = {'w': jnp.zeros((256, 1024))}
+with checkpoint.States(path) as states:
+  states.save(1, like, [])
+if sys.argv[2] == 'limit':
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+  with checkpoint.States(path) as states:
+    states.save(2, {'w': jnp.asarray(
+        __import__('numpy').random.default_rng(0).random((256, 4096)),
+        jnp.float32)}, [])
+except errors.RunFailed as e:
+  print(e)
+with checkpoint.States(path) as states:
+  assert states.restore(like)[0]['w'].shape == (256, 1024)
+  print('whole', checkpoint.steps(path))
+"""
+
+
+def test_a_write_that_fails_outside_of_python_leaves_the_old_save(tmp_path):
+  """[6] TensorStore writes in C++: a limit on file sizes reaches it there."""
+  result = subprocess.run(
+    [sys.executable, '-c', SAVER, tmp_path / 'saves', 'limit'],
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr[-2000:]
+  told, after = result.stdout.splitlines()
+  assert 'step 2 could not be saved' in told and str(tmp_path) in told
+  assert 'step 1 is there' in told and after == 'whole [1]'
+
+
+def test_a_full_disk_is_told_before_it_is_tried(tmp_path):
+  """[6] A real one of four megabytes, where this user may mount it."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk],
+    capture_output=True,
+  )
+  if mounted.returncode:
+    pytest.skip('mounting a small disk needs root')
+  try:
+    result = subprocess.run(
+      [sys.executable, '-c', SAVER, disk / 'saves', 'none'],
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    told, after = result.stdout.splitlines()
+    assert 'No space left' in told and '4.2 MB to write' in told
+    assert after == 'whole [1]'
+  finally:
+    subprocess.run(['umount', disk], check=True)
+
+
+# Models.
+
+ABOUT = {
+  **{'run': 'ours', 'stage': 'prune', 'selection': 'last', 'epoch': 1},
+  **{'config': {}, 'dataset': 'none', 'class_names': [], 'layers': {}},
+  **{'image_shape': [], 'fingerprint': 'f', 'sparsity': 0.9},
+}
+VARIABLES = {'params': {'w': np.ones((64, 64), np.float32)}}
+
+
+def test_a_damaged_model_is_named(tmp_path):
+  """[4] The weights of a stranger, with one bit flipped on the way."""
+  folder = epath.Path(tmp_path) / 'model'
+  checkpoint.save_model(folder, VARIABLES, ABOUT)
+  checkpoint.load_model(folder)
+  for path in (
+    array := largest_file(tmp_path / 'model' / 'variables' / 'd'),
+    tmp_path / 'model' / 'model.json',
+  ):
+    before = path.read_bytes()
+    path.write_bytes(before[:-2] + bytes([before[-2] ^ 4]) + before[-1:])
+    with pytest.raises(UserError, match=path.name):
+      checkpoint.load_model(folder)
+    path.write_bytes(before)
+  checkpoint.load_model(folder)
+  assert array.exists()
+
+
+def test_an_old_model_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+  folder = epath.Path(tmp_path) / 'best_validation'
+  checkpoint.save_model(folder, VARIABLES, ABOUT)
+  monkeypatch.setattr(checkpoint, '_PAUSES', ())
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(checkpoint, '_fill', full)
+  with pytest.raises(RunFailed, match='No space left'):
+    checkpoint.save_model(folder, VARIABLES, ABOUT | {'epoch': 2})
+  assert checkpoint.load_model(folder)[1]['epoch'] == 1
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+  (tmp_path / 'in').mkdir()
+  (tmp_path / 'secret').write_text('x')
+  manifest.seal(epath.Path(tmp_path), {})
+  shutil.move(tmp_path / manifest.MANIFEST, tmp_path / 'in')
+  content = json.loads((tmp_path / 'in' / manifest.MANIFEST).read_text())
+  content['files']['../secret'] = content['files'].pop('secret')
+  content.pop('sha256')
+  content['sha256'] = manifest._own(content)
+  (tmp_path / 'in' / manifest.MANIFEST).write_text(json.dumps(content))
+  with pytest.raises(Damaged, match='no manifest of ours'):
+    manifest.verify(epath.Path(tmp_path / 'in'))
+
+
+# Numbers.
+
+
+def poisoned(run, steps):
+  """The stage with a loss that is not a number in these steps."""
+  loss = run.stage.loss
+
+  def bad(params, batch_stats, batch, key):
+    value, (statistics, values) = loss(params, batch_stats, batch, key)
+    # The key tells the step: the loop folds it in.
+    keys = jax.vmap(lambda s: jax.random.fold_in(step_key, s))(
+      jnp.array(steps, jnp.int32)
+    )
+    same = jax.vmap(
+      lambda k: (jax.random.key_data(k) == jax.random.key_data(key)).all()
+    )(keys)
+    return jnp.where(same.any(), jnp.nan, value), (statistics, values)
+
+  step_key = jax.random.split(loop.stage_key(run.seed, run.name), 3)[2]
+  return run.__class__(**(vars(run) | {'stage': run.stage._replace(loss=bad)}))
+
+
+def test_an_update_that_is_not_finite_is_left_out(tmp_path):
+  """[12] Steps of three epochs of four; the second and the sixth are bad."""
+  run = poisoned(stage_run('supervised', tmp_path), [1, 5])
+  variables = loop.run_stage(run)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+  rows = rows_without_clocks(tmp_path)
+  assert [r['skipped'] for r in rows] == [1, 1, 0]
+  assert all(np.isfinite(r['loss']) for r in rows)
+  skipped = metrics.read_lines(epath.Path(tmp_path) / 'skipped.jsonl')
+  assert [s['step'] for s in skipped] == [2, 6]
+  order_key = jax.random.split(loop.stage_key(run.seed, run.name), 3)[1]
+  order = loop.epoch_order(order_key, 1, 36, 8)
+  assert skipped[1]['images'] == order[1].tolist()
+
+
+def test_a_skipped_update_changes_nothing(tmp_path):
+  run = poisoned(stage_run('supervised', tmp_path), [0])
+  optimizer, _ = optim.make(run.settings.optimizer, 3, 4)
+  step = jax.jit(loop.make_step(run.stage, optimizer, run.mesh))
+  key = jax.random.split(loop.stage_key(run.seed, run.name), 3)[2]
+  order = loop.epoch_order(jax.random.key(1), 0, 36, 8)
+  data = jax.device_put(Batch(*TRAIN), loop.replicated(run.mesh))
+  first = loop.first_state(run.stage, optimizer, step, (data, order, key))
+  before = jax.jit(first)(run.upstream, jax.random.key(0))
+  for bad in (True, False):
+    after, seen = step(before, data, order, key)
+    same = [
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves((before.trained, before.opt_state)),
+        jax.tree.leaves((after.trained, after.opt_state)),
+        strict=True,
+      )
+    ]
+    assert all(same) == bad and int(after.step) == 1 + (not bad)
+    assert int(seen.skipped_in_row) == int(bad)
+    assert after.skips.epoch.tolist() == [True, False, False, False]
+    assert np.isnan(seen.loss) == bad
+    before = after
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_last_save(tmp_path):
+  """[12]"""
+  run = poisoned(stage_run('supervised', tmp_path), range(4, 99))
+  run = run.__class__(**(vars(run) | {'max_skipped': 2}))
+  with pytest.raises(RunFailed) as told:
+    loop.run_stage(run)
+  assert 'in 3 steps in a row' in str(told.value)
+  skipped = metrics.read_lines(epath.Path(tmp_path) / 'skipped.jsonl')
+  assert [s['step'] for s in skipped][:3] == [5, 6, 7]
+  newest = checkpoint.steps(epath.Path(tmp_path) / 'checkpoints')
+  assert newest and f'step {newest[-1]} is intact' in str(told.value)
+  # Mended, it goes on from there.
+  mended = stage_run('supervised', tmp_path)
+  variables = loop.run_stage(mended)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, None])
+def test_a_value_that_is_not_finite_is_never_the_best(value):
+  """[13]"""
+  row = {} if value is None else {'a': value}
+  assert not metrics.is_best([{'a': 1.0}, row], 'a')
+  assert not metrics.is_best([row], 'a')
+  assert metrics.is_best([{'a': 1.0}, row, {'a': 2.0}], 'a')
+  assert not metrics.is_best([{'a': 2.0}, row, {'a': 2.0}], 'a')
+
+
+# Processes.
+
+HOLDER = """
+import sys, time
+from etils import epath
+from rocl_jax.workdir import claim
+with claim(epath.Path(sys.argv[1]), '--workdir'):
+  print('held', flush=True)
+  time.sleep(60)
+"""
+
+
+def test_one_run_a_folder(tmp_path):
+  """[8] A second one is refused; a dead holder's place is free."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLDER, tmp_path], stdout=subprocess.PIPE
+  )
+  try:
+    assert process.stdout.readline() == b'held\n'
+    with pytest.raises(UserError) as told:
+      with workdir.claim(epath.Path(tmp_path), '--workdir'):
+        pass
+    holder = json.loads((tmp_path / workdir.RUN).read_text())
+    for part in (f'process {process.pid} ', holder['host'], holder['started']):
+      assert part in str(told.value)
+    assert workdir.holder(epath.Path(tmp_path))['alive']
+  finally:
+    process.kill()
+    process.wait()
+  assert not workdir.holder(epath.Path(tmp_path))['alive']
+  with workdir.claim(epath.Path(tmp_path), '--workdir'):
+    pass
+  assert workdir.holder(epath.Path(tmp_path))['status'] == 'finished'
+
+
+def test_a_holder_on_another_machine_counts_while_it_gives_signs_of_life(
+  tmp_path, monkeypatch
+):
+  """[8] Of a shared file system, where no kernel knows both."""
+  path = tmp_path / workdir.RUN
+  path.write_text(json.dumps({'status': 'running', 'host': 'tpu-7'}))
+  with pytest.raises(UserError, match='on tpu-7'):
+    with workdir.claim(epath.Path(tmp_path), '--workdir'):
+      pass
+  assert json.loads(path.read_text())['host'] == 'tpu-7'
+  monkeypatch.setattr(workdir, '_SILENCE', 0.0)
+  with workdir.claim(epath.Path(tmp_path), '--workdir'):
+    pass
+
+
+LISTENER = """
+import sys, time
+from rocl_jax import interruption
+interruption.PATIENCE, interruption.GRACE = 0.5, 1.5
+interruption.install('no time to save')
+print('ready', flush=True)
+end = time.monotonic() + 20
+while time.monotonic() < end:
+  {body}
+"""
+
+
+@pytest.mark.parametrize(
+  'body, signals, status, said',
+  [
+    (
+      'interruption.check(); time.sleep(0.01)',
+      [signal.SIGTERM],
+      1,
+      'Interrupted: SIGTERM',
+    ),
+    ('time.sleep(20)', [signal.SIGTERM], 143, 'no time to save'),
+    ('time.sleep(20)', [signal.SIGINT], 130, 'no time to save'),
+    (
+      "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+      [signal.SIGTERM],
+      143,
+      'no time to save',
+    ),
+    ('time.sleep(20)', [signal.SIGTERM] * 2, 143, 'once more'),
+    ('time.sleep(20)', [signal.SIGTERM, signal.SIGINT], 130, 'once more'),
+  ],
+)
+def test_signals(body, signals, status, said):
+  """[2] Also where the main thread can not look, as in a compiler."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', LISTENER.format(body=body)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'ready\n'
+  began = time.monotonic()
+  for number in signals:
+    process.send_signal(number)
+    time.sleep(0.2)
+  _, errors = process.communicate(timeout=30)
+  assert process.returncode == status and said in errors
+  assert time.monotonic() - began < 5
+
+
+# The doctor.
+
+
+def test_the_doctor_finds_what_is_wrong(tmp_path):
+  stage = tmp_path / '1_supervised'
+  loop.run_stage(stage_run('supervised', stage, measure=stem_size))
+  config = {'name': 'ours', 'stages': ['supervised', 'prune']}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  found = doctor.examine(epath.Path(tmp_path))
+  text = doctor.text(epath.Path(tmp_path), found)
+  assert not found.damage and found.files > 10
+  for part in ('finished', 'model, best_validation whole', 'not begun'):
+    assert part in text
+  path = flip_a_bit(stage / 'checkpoints' / '12')
+  found = doctor.examine(epath.Path(tmp_path))
+  (problem,) = found.damage
+  assert str(path) in problem
+  assert 'sets aside' in doctor.text(epath.Path(tmp_path), found)
+  with pytest.raises(UserError, match='neither a work directory'):
+    doctor.examine(epath.Path(tmp_path) / '1_supervised' / 'checkpoints')
+
+
+# Configs.
+
+
+def test_goes_on_with_another_number_of_devices(tmp_path, monkeypatch):
+  """[11] One, four, two: the same images in the same order."""
+  run = lambda folder, devices: loop.run_stage(
+    stage_run('linear_eval', tmp_path / folder, devices)
+  )
+  show = loop.Progress.show
+  for devices, stop in ((1, 5), (4, 9)):
+
+    def stopping(self, done, note, stop=stop):
+      if done == stop:
+        raise KeyboardInterrupt
+      show(self, done, note)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(loop.Progress, 'show', stopping)
+      with pytest.raises(KeyboardInterrupt):
+        run('moved', devices)
+  moved, straight = run('moved', 2), run('straight', 1)
+  for path, value in flatten(straight).items():
+    np.testing.assert_allclose(flatten(moved)[path], value, rtol=1e-4)
+  rows = zip(
+    rows_without_clocks(tmp_path / 'moved'),
+    rows_without_clocks(tmp_path / 'straight'),
+    strict=True,
+  )
+  for row, other in rows:
+    assert row == {k: pytest.approx(v, rel=1e-4) for k, v in other.items()}
+
+
+def test_thin_layers_are_warned_of_by_name(capfd):
+  """[17] At width 8 and 99 % the first layer keeps 2 of 216 weights."""
+  model = models.build(
+    models.Settings(name='resnet18', width=8, dtype='float32'), 10
+  )
+  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), (32, 32, 3)))
+  thin = settings_of('prune', keep=0.01)
+  pipeline._warn_of_thin_layers('ours/prune', thin, variables)
+  told = capfd.readouterr().err
+  assert 'keeps 3 of the 216 weights of encoder/stem/kernel' in told
+  fine = settings_of('prune', keep=0.1)
+  pipeline._warn_of_thin_layers('ours/prune', fine, variables)
+  assert not capfd.readouterr().err
+
+
+def test_a_ball_out_of_reach_is_warned_of(capfd):
+  """[15]"""
+  section = dict(name='pgd', eps='0.3', step_size='2/255', steps=10)
+  for steps, told in ((10, 'far: 10 steps of 0.00784314 do not'), (40, '')):
+    attack = AttackSettings.parse(section | {'steps': steps}, 'attack')
+    pipeline._warn_of_reach('far', SimpleNamespace(attack=attack))
+    assert told in (said := capfd.readouterr().err) and bool(said) == bool(told)
+
+
+def test_a_pruned_weight_that_is_not_zero_is_never_evaluated():
+  """[19, 20]"""
+  kernel = np.array([[0.0, 1.0], [2.0, 0.0]])
+  mask = kernel != 0
+  variables = {
+    'params': {'head': {'kernel': kernel}},
+    'batch_stats': {},
+    'masks': {'head/kernel': mask},
+  }
+  results.check_weights(variables)
+  for bad in (np.ones((2, 2)), np.full((2, 2), np.nan)):
+    variables['params']['head']['kernel'] = bad
+    with pytest.raises(RunFailed, match='head/kernel'):
+      results.check_weights(variables)
+
+
+def test_a_changed_config_is_told_field_by_field(tmp_path, capfd):
+  """[9]"""
+  path = epath.Path(tmp_path) / 'changes.jsonl'
+  before = {'seed': 0, 'supervised': {'optimizer': {'learning_rate': 0.1}}}
+  now = {'seed': 1, 'supervised': {'optimizer': {'learning_rate': 0.2}}}
+
+  def notes():
+    found = pipeline._Notes(path)
+    found.compare({'save_steps': 1}, {'save_steps': 2}, 'the run')
+    found.compare(before, now, '2_supervised', '/w/2_supervised')
+    return found
+
+  rate = 'config.supervised.optimizer.learning_rate'
+  for allowed in ((), ('config.seed',)):
+    with pytest.raises(UserError) as told:
+      notes().settle(allowed)
+    assert '/w/2_supervised was made with' in str(told.value)
+    assert not path.exists()
+  assert rate in str(told.value)
+  printed = capfd.readouterr().err
+  assert f'2_supervised: {rate} was 0.1, is 0.2' in printed
+  assert 'the run: config.save_steps was 1, is 2' in printed
+  notes().settle(('config.seed', rate))
+  noted = {line['field']: line['to'] for line in metrics.read_lines(path)}
+  assert noted == {'config.seed': 1, rate: 0.2, 'config.save_steps': 2}
+  # What was gone on with once is no question any more.
+  capfd.readouterr()
+  notes().settle(())
+  assert not capfd.readouterr().err
+  assert len(metrics.read_lines(path)) == 3
