@@ -29,3 +29,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
   """
   close = difflib.get_close_matches(name, list(names), n=1)
   return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def one_line(error: BaseException) -> str:
+  """Returns the first line of the message, or the name of its kind.
+
+  No more than 300 characters: some parsers quote the file.
+  """
+  lines = str(error).strip().splitlines()
+  return lines[0][:300] if lines else type(error).__name__

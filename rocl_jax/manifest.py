@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from rocl_jax.errors import one_line
+
 MANIFEST = 'manifest.json'
 _CHUNK = 1 << 22
 
@@ -83,13 +85,16 @@ def read(folder: epath.Path) -> dict[str, Any]:
     wanted = content.pop('sha256')
     if wanted != _own(content):
       raise ValueError('it is not what was written')
-    named = all(_is_inside(name) for name in content['files'])
-    if not named or not isinstance(content['about'], dict):
+    files, about = content['files'], content['about']
+    if not isinstance(about, dict) or not all(
+      _is_inside(name) and type(f['bytes']) is int and type(f['sha256']) is str
+      for name, f in files.items()
+    ):
       raise ValueError('no manifest of ours')
   except FileNotFoundError:
     raise Damaged(f'{path}: missing') from None
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise Damaged(f'{path}: can not be read: {e}') from None
+    raise Damaged(f'{path}: can not be read: {one_line(e)}') from None
   except RecursionError:
     raise Damaged(f'{path}: can not be read: nested too deeply') from None
   return content
@@ -101,7 +106,8 @@ def _own(content: dict[str, Any]) -> str:
 
 
 def _is_inside(name: str) -> bool:
-  return not name.startswith('/') and '..' not in name.split('/')
+  plain = name.isprintable() and not name.startswith('/')
+  return plain and '..' not in name.split('/')
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

@@ -489,9 +489,15 @@ class _Notes:
     old, new = flatten(before), flatten(now)
     for field in sorted(old.keys() | new.keys()):
       if old.get(field) != new.get(field):
-        change = {'field': 'config.' + field.replace('/', '.'), 'in': where}
-        change |= {'from': old.get(field), 'to': new.get(field)}
-        self.changes.append(change | {'folder': folder})
+        self.changes.append(
+          {
+            'field': 'config.' + field.replace('/', '.'),
+            'in': where,
+            'from': old.get(field),
+            'to': new.get(field),
+            'folder': folder,
+          }
+        )
 
   def settle(self, allowed: Collection[str]) -> None:
     """Prints all, refuses what it must, writes down the rest."""

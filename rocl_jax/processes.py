@@ -33,6 +33,8 @@ from rocl_jax.trees import flatten
 JOIN = 60  # seconds that all have to come
 SILENCE = 20.0  # seconds without a sign of life
 _BEAT = 2.0
+_PATIENCE = 3.0  # seconds for the main thread to find out for itself
+_SAVING = 30.0
 _FAILED = 3
 
 T = TypeVar('T')
@@ -293,7 +295,9 @@ def _watch() -> None:
     for key, why in ends.items():
       name = key.rpartition('/')[2]
       if int(name) != _Group.index:
-        _lost(f'process {name}{_where(name)} ended: {why}')
+        # One that was interrupted has told all others, who may be saving.
+        patience = _SAVING if why.startswith('SIG') else _PATIENCE
+        _lost(f'process {name}{_where(name)} ended: {why}', patience)
     time.sleep(_BEAT)
 
 
@@ -304,10 +308,10 @@ def _where(name: str) -> str:
     return ''
 
 
-def _lost(who: str) -> None:
+def _lost(who: str, patience: float = _PATIENCE) -> None:
   """Leaves, unless the main thread does so first: it may hang for ever."""
   _Group.gone = who
-  time.sleep(3.0)
+  time.sleep(patience)
   if _Group.leaving:
     return
   os.write(sys.stderr.fileno(), f'\n{_farewell(who)}\n'.encode())

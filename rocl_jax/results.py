@@ -332,8 +332,9 @@ def read(path: epath.Path) -> list[Record]:
       raise UserError(f'{path}: found {record!r:.40}, wanted a record')
     if record.get('checksum', '') not in ('', _checksum(record)):
       raise UserError(
-        f'{path}: record {i}, {record["attack"]} on {record["run"]}/'
-        f'{record["stage"]}, is not what was written; delete it to measure anew'
+        f'{path}: record {i}, {record["attack"]!r} on {record["run"]!r}, '
+        f'{record["stage"]!r}, is not what was written; delete it to measure '
+        'anew'
       )
   return records
 

@@ -623,15 +623,7 @@ def fuzz(reader, root, count):
   return tried
 
 
-NAMES = [
-  pytest.param(
-    name,
-    marks=pytest.mark.xfail(reason='manifest.verify trusts what is signed')
-    if name == 'manifest, signed anew'
-    else (),
-  )
-  for name in READERS
-]
+NAMES = list(READERS)
 
 
 @pytest.mark.parametrize('name', NAMES)

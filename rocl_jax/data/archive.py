@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rocl_jax.data import binary
-from rocl_jax.data.records import Split, one_line
-from rocl_jax.errors import UserError
+from rocl_jax.data.records import Split
+from rocl_jax.errors import UserError, one_line
 
 NAME = 'cifar-10-binary.tar.gz'
 _LARGEST = 64 << 20  # bytes of a member; the official ones have half of it

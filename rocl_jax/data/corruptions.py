@@ -18,13 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rocl_jax.data.records import (
-  CIFAR10_CLASSES,
-  Split,
-  folder_path,
-  one_line,
-)
-from rocl_jax.errors import UserError
+from rocl_jax.data.records import CIFAR10_CLASSES, Split, folder_path
+from rocl_jax.errors import UserError, one_line
 
 FOLDER = 'CIFAR-10-C'
 LABELS = 'labels.npy'

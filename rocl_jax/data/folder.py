@@ -20,9 +20,8 @@ from rocl_jax.data.records import (
   RawDataset,
   Split,
   folder_path,
-  one_line,
 )
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, one_line
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 _WANTED = 'a folder with train/<class>/*.jpg|jpeg|png and test/<class>/...'

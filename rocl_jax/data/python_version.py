@@ -20,9 +20,8 @@ from rocl_jax.data.records import (
   RawDataset,
   Split,
   folder_path,
-  one_line,
 )
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, one_line
 
 FOLDER = 'cifar-10-batches-py'
 TRAIN_FILES = tuple(f'data_batch_{i}' for i in range(1, 6))

@@ -66,15 +66,6 @@ def folder_path(directory: str, wanted: str) -> Path:
   return path
 
 
-def one_line(error: BaseException) -> str:
-  """Returns the first line of the message, or the name of its kind.
-
-  No more than 300 characters: some parsers quote the file.
-  """
-  lines = str(error).strip().splitlines()
-  return lines[0][:300] if lines else type(error).__name__
-
-
 def validate(raw: RawDataset) -> None:
   """Raises UserError unless both splits are well formed and not empty."""
   classes = len(raw.class_names)

@@ -24,13 +24,8 @@ import numpy as np
 from absl import logging
 
 from rocl_jax.data import archive
-from rocl_jax.data.records import (
-  CIFAR10_CLASSES,
-  RawDataset,
-  Split,
-  one_line,
-)
-from rocl_jax.errors import UserError
+from rocl_jax.data.records import CIFAR10_CLASSES, RawDataset, Split
+from rocl_jax.errors import UserError, one_line
 
 _OFFLINE = 'config.data.source=binary|folder|digits work offline'
 _PROBE_SECONDS = 8  # for the name, the connection and the first answer
