@@ -46,7 +46,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.tensorboard = False
 
   c.data = ConfigDict()
-  c.data.source = 'tfds'  # or binary, folder, digits
+  c.data.source = 'tfds'  # or binary, python, folder, digits
   c.data.dir = ''
   c.data.validation = 1000
 

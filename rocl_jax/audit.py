@@ -331,7 +331,6 @@ def _one_record(record: Record) -> list[Check]:
   name, n = f'{record["attack"]} on {record["split"]}', record['n']
   clean, robust = record['clean_top1'], record['robust_top1']
   counted = min(sum(map(sum, record['confusion'])), record['counted'])
-  eps = record['eps'] or 0.0  # none without an attack
   checks = [
     Check(
       f'{name}: robust accuracy is not above clean',
@@ -351,18 +350,7 @@ def _one_record(record: Record) -> list[Check]:
       f'{record["disputed"]} of {n} images are disputed',
       f'at most {chance(n):.2f} %',
     ),
-    Check(
-      f'{name}: every adversarial image is in [0, 1]',
-      record['largest_outside'] <= 0,
-      f'{max(record["largest_outside"], 0):.1e} outside',
-      '0',
-    ),
-    Check(
-      f'{name}: every adversarial image is in the ball',
-      record['largest_distance'] <= eps * (1 + 1e-5) + 1e-6,
-      f'{record["largest_distance"]:.6f}',
-      f'at most eps, {eps:.6f}',
-    ),
+    *inside(name, record),
   ]
   members = record.get('members') or []
   by_gradients = [m for m in members if m['algorithm'] != 'square']
@@ -378,6 +366,25 @@ def _one_record(record: Record) -> list[Check]:
       )
     )
   return checks
+
+
+def inside(name: str, record: Record) -> list[Check]:
+  """Whether all adversarial images are where they may be, as measured."""
+  eps = record['eps'] or 0.0  # none without an attack
+  return [
+    Check(
+      f'{name}: every adversarial image is in [0, 1]',
+      record['largest_outside'] <= 0,
+      f'{max(record["largest_outside"], 0):.1e} outside',
+      '0',
+    ),
+    Check(
+      f'{name}: every adversarial image is in the ball',
+      record['largest_distance'] <= eps * (1 + 1e-5) + 1e-6,
+      f'{record["largest_distance"]:.6f}',
+      f'at most eps, {eps:.6f}',
+    ),
+  ]
 
 
 def _no_weaker(ensemble: Record, other: Record) -> Check:

@@ -12,6 +12,7 @@ written. What is new is read back and compared before what it replaces goes. A
 model folder holds `variables/` and `model.json`; masks are part of it, as data.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -42,6 +43,7 @@ _ABOUT_FIELDS = (
 KEPT = 2  # states: the newest, and one to fall back to
 _PAUSES = (1.0, 2.0, 4.0)  # seconds before a failed write is tried again
 _WRITING = '.writing'
+_OLD = '.old'
 _DAMAGED = 'damaged'
 
 Rows = list[dict[str, Any]]
@@ -61,9 +63,10 @@ class States:
     if not processes.is_first():
       return
     directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.iterdir():
-      if path.name.endswith(_WRITING):  # of an interrupted attempt
-        path.rmtree()
+    for path in directory.iterdir():  # what an interruption left over
+      half = path.name.isdigit() and not manifest.is_sealed(path)
+      if half or path.name.endswith((_WRITING, _OLD)):
+        shutil.rmtree(path, ignore_errors=True)
 
   def __enter__(self) -> 'States':
     return self
@@ -105,7 +108,7 @@ class States:
         say(f'{e}; set aside as {moved}')
         continue
       return step, arrays, about['rows']
-    if found:
+    if (self._directory / _DAMAGED).exists():
       raise RunFailed(
         f'{self._directory}: no save is whole, all were set aside; delete '
         'that folder to train the stage from its start'
@@ -146,15 +149,19 @@ class States:
     path = self._directory / str(step)
     try:
       _replace(path, lambda new: _fill(new, 'state', arrays, about))
-      for old in steps(self._directory)[:-KEPT]:
-        (self._directory / str(old)).rmtree()
     except Exception as e:  # what Orbax raises depends on the file system
-      newest = steps(self._directory)[-1:]
-      kept = f'the save of step {newest[0]} is' if newest else 'no save is'
-      self._failure = RunFailed(
-        f'step {step} could not be saved: {_why(self._directory, arrays, e)}; '
-        f'{kept} there; the same command goes on from it'
-      )
+      told = f'step {step} could not be saved: '
+      told += _why(self._directory, arrays, e)
+      self._failure = RunFailed(told)
+      with contextlib.suppress(OSError):  # the disk may be away
+        newest = steps(self._directory)[-1:]
+        kept = f'the save of step {newest[0]} is' if newest else 'no save is'
+        told += f'; {kept} there; the same command goes on from it'
+        self._failure = RunFailed(told)
+      return
+    with contextlib.suppress(OSError):  # then they go next time
+      for old in steps(self._directory)[:-KEPT]:
+        _discard(self._directory / str(old))
 
 
 def steps(directory: epath.Path) -> list[int]:
@@ -270,11 +277,23 @@ def _replace(directory: epath.Path, fill: Callable[[epath.Path], None]) -> None:
       if pause is None:
         raise
       time.sleep(pause)
-  old = directory.with_name(directory.name + '.old')
+  old = directory.with_name(directory.name + _OLD)
   shutil.rmtree(old, ignore_errors=True)
   if directory.exists():
     directory.rename(old)
-  new.rename(directory)
+  try:
+    new.rename(directory)
+  except OSError:
+    if old.exists():
+      old.rename(directory)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _discard(folder: epath.Path) -> None:
+  """Deletes a folder; an interruption leaves none of its name."""
+  old = folder.with_name(folder.name + _OLD)
+  folder.rename(old)
   shutil.rmtree(old, ignore_errors=True)
 
 

@@ -5,12 +5,15 @@ evaluation that failed its own checks; 130 interrupted by SIGINT, 143 by
 SIGTERM; anything else is a bug of ours and comes with its stack trace.
 """
 
+import contextlib
+import errno
 import importlib.util
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -78,6 +81,10 @@ def run(
     _exit(program, again, INTERRUPTED)
   except BrokenPipeError:  # who read the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as e:
+    if e.errno not in _DISK:
+      _bug(program, e)
+    _exit(program, f'{e.filename or "disk"}: {e.strerror}', RUN_FAILED)
   except Exception as e:
     if 'RESOURCE_EXHAUSTED' in str(e):
       reason = str(e).splitlines()[0]
@@ -87,14 +94,23 @@ def run(
         f'--config.model.dtype=bfloat16, needs less: {reason:.200}',
         RUN_FAILED,
       )
-    group = sys.modules.get('rocl_jax.processes')
-    gone = group.explain() if group else None
-    if gone:  # that is why a collective failed
-      _exit(program, gone, RUN_FAILED)
-    if group and group.count() > 1:
-      traceback.print_exc()
-      group.leave(BUG, f'{type(e).__name__}: {e}')
-    raise
+    _bug(program, e)
+
+
+# Of a file system: full, out of quota, away, read-only, not ours.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+
+
+def _bug(program: str, error: Exception) -> NoReturn:
+  """Ends with a stack trace, unless another process is why."""
+  group = sys.modules.get('rocl_jax.processes')
+  gone = group.explain() if group else None
+  if gone:  # that is why a collective failed
+    _exit(program, gone, RUN_FAILED)
+  if group and group.count() > 1:
+    traceback.print_exception(error)
+    group.leave(BUG, f'{type(error).__name__}: {error}')
+  raise error
 
 
 def _program(path):
@@ -103,15 +119,19 @@ def _program(path):
   return os.path.basename(folder) if name == '__main__.py' else name
 
 
-def _exit(program, message, status):
+def _exit(program: str, message: str, status: int) -> NoReturn:
   line = ' '.join(message.split())
-  print(f'\n{program}: {line}'.lstrip(), file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError, ValueError):  # nobody may listen any more
+    print(f'\n{program}: {line}'.lstrip(), file=sys.stderr, flush=True)
   group = sys.modules.get('rocl_jax.processes')
   if group:
     group.leave(status, line)
   # Not sys.exit: threads that still save or compile must not hold us up.
-  sys.stdout.flush()
-  os._exit(status) if status > 128 else sys.exit(status)
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
+  if status > 128:
+    os._exit(status)
+  sys.exit(status)
 
 
 def _parse(argv):

@@ -143,7 +143,8 @@ def _sealed(found: Findings, folder: epath.Path) -> bool:
     manifest.verify(folder)
     files = manifest.read(folder)['files'].values()
   except Damaged as e:
-    found.damage.append(str(e))
+    if folder.exists():  # a run that goes on deletes its older saves
+      found.damage.append(str(e))
     return False
   found.files += len(files)
   found.bytes += sum(f['bytes'] for f in files)
@@ -208,12 +209,13 @@ def _next(path: epath.Path, found: Findings, holder: dict[str, Any]) -> str:
   if holder.get('alive'):
     return 'nothing: it is running'
   again = shlex.join(['python', *shlex.split(holder.get('command') or '')])
-  if found.complete and not found.damage:
-    return f'python -m rocl_jax.report {path}'
   if found.damage:
     return (
-      f'{again}: it sets aside what is damaged and goes on from what is whole'
+      f'{again}: damaged saves and models that it still needs are set aside, '
+      'and the ones before used; delete what else is damaged'
     )
+  if found.complete and holder.get('status') == 'finished':
+    return f'python -m rocl_jax.report {path}'
   return f'{again}: it goes on'
 
 

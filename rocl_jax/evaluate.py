@@ -18,6 +18,7 @@ rocl_jax.report` finds them. Exit status 3: a check failed.
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -295,10 +296,10 @@ def _check_folder(folder):
   for name in ('results.json', 'audit.json', 'transfer.json'):
     if (folder / name).exists():
       read_json(folder / name, list)
-  probe = folder / '.writable'
+  probe = folder / f'.writable-{os.getpid()}'
   try:
     probe.write_text('')
-    probe.unlink()
+    probe.unlink(missing_ok=True)
   except OSError as e:
     raise UserError(
       f'--model: results go to {folder}, which can not be written: {e.strerror}'

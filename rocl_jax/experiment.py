@@ -32,7 +32,7 @@ class DataSettings:
   """The `data` section; see `rocl_jax.data`.
 
   Attributes:
-    source: 'tfds', 'binary', 'folder' or 'digits'.
+    source: a name in `data.SOURCES`.
     dir: where the source finds its files.
     validation: training images held out for model selection.
   """

@@ -11,6 +11,7 @@ compiled or a step is long, is ended all the same: the last save is whole. A
 second signal ends the process at once.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -83,13 +84,13 @@ def _listen(read: int, message: str) -> None:
       if _State.number is not None:
         os._exit(128 + number)
       _State.number = number
-      name = signal.Signals(number).name
-      _say(f'{name}: stopping after this step; once more stops at once')
       for seconds in (PATIENCE, GRACE):
         late = seconds == GRACE
         timer = threading.Timer(seconds, _leave, (number, message, late))
         timer.daemon = True
         timer.start()
+      name = signal.Signals(number).name
+      _say(f'{name}: stopping after this step; once more stops at once')
 
 
 def _leave(number: int, message: str, late: bool) -> None:
@@ -100,4 +101,5 @@ def _leave(number: int, message: str, late: bool) -> None:
 
 def _say(text: str) -> None:
   # As `print` may wait for a lock that the main thread holds.
-  os.write(sys.stderr.fileno(), f'\n{text}\n'.encode())
+  with contextlib.suppress(Exception):  # nobody may listen any more
+    os.write(sys.stderr.fileno(), f'\n{text}\n'.encode())

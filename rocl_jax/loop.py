@@ -24,7 +24,7 @@ from rocl_jax import (
   results,
 )
 from rocl_jax.data import Split
-from rocl_jax.errors import RunFailed
+from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.interruption import Interrupted
 from rocl_jax.mesh import replicated, split
 from rocl_jax.progress import Progress, say
@@ -240,6 +240,12 @@ def run_stage(run: StageRun) -> Variables:
   with checkpoint.States(run.directory / 'checkpoints') as states:
     state, rows = states.restore(like=state) or (state, [])
     done = int(state.step)
+    if done > total:
+      raise UserError(
+        f'{run.label}: {run.directory} has done {done} steps, and the config '
+        f'asks for {total} in all'
+      )
+    _forget_skips(run, done)
     if done:
       say(f'{run.label}: resumed at step {done} of {total}')
     book = _Book(run, rows)
@@ -279,6 +285,7 @@ def run_stage(run: StageRun) -> Variables:
         row['images_per_second'] = round(speed, 1)
         book.write(row, functools.partial(finish, state))
     except Interrupted:
+      jax.block_until_ready(state)  # others need this process for it
       states.save(done, state, rows)
       states.wait()
       say(f'{run.label}: saved at step {done} of {total}')
@@ -328,6 +335,15 @@ def _means(
     )
   means = {k: float(v) / counted for k, v in sorted(state.sums.items())}
   return means | {'skipped': skipped}
+
+
+def _forget_skips(run: StageRun, done: int) -> None:
+  """Leaves out what steps that are done again have written."""
+  path = run.directory / SKIPPED
+  if processes.is_first() and path.exists():
+    metrics.write(
+      path, [r for r in metrics.read_lines(path) if r['step'] <= done]
+    )
 
 
 def _record_skips(run: StageRun, state: TrainState, order: jax.Array) -> None:

@@ -37,7 +37,7 @@ from rocl_jax import (
   results,
 )
 from rocl_jax.data import Dataset, Split, load
-from rocl_jax.errors import UserError
+from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
 from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
@@ -217,13 +217,29 @@ def _write_request(chain, name, main, directory):
 def _finished(path: epath.Path) -> Variables | None:
   """A stage's last model; None if there is none, or a damaged one, which the
   stage's last train state can make again."""
-  if not checkpoint.is_model(path):
+  if not path.exists():
     return None
   try:
     return checkpoint.load_model(path)[0]
   except UserError as e:
     say(f'{e}; set aside as {checkpoint.set_aside(path)}')
     return None
+
+
+def _selected(path: epath.Path) -> bool:
+  """Whether a model was selected.
+
+  Raises:
+    RunFailed: it was, and is damaged: no train state is kept to make it of.
+  """
+  there = path.exists()
+  whole = _finished(path) is not None
+  if there and not whole:
+    raise RunFailed(
+      f'{path} was damaged and is set aside; the same command goes on without '
+      f'it, and makes it anew if you delete {path.parent} and what follows'
+    )
+  return whole
 
 
 def _first_variables(chain: Chain) -> Variables:
@@ -370,8 +386,7 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
   """Evaluates the models of a stage, last and selected."""
   seed, path = chain.run.seed, chain.root / 'results.json'
   for folder in ('model', *loop.SELECTIONS):
-    whole = functools.partial(_finished, directory / folder)
-    if processes.from_first(whole) is not None:
+    if processes.from_first(functools.partial(_selected, directory / folder)):
       results.evaluate_model(
         directory / folder, chain.evaluators, chain.splits, seed, path
       )
@@ -459,7 +474,9 @@ def _check_requests(
         if checkpoint.is_model(directory / 'model'):
           before.pop('eval', None), request.pop('eval', None)
         notes.compare(before, request, directory.name, str(directory))
-  unknown = set(allowed) - {change['field'] for change in notes.changes}
+  before = metrics.read_lines(root / CHANGES)  # allowed once, and gone on with
+  known = {change.get('field') for change in (*notes.changes, *before)}
+  unknown = set(allowed) - known
   if unknown:
     raise UserError(
       f'--allow_change: {min(unknown)} has not changed; the changes are '

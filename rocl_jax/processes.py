@@ -21,17 +21,19 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, one_line
 from rocl_jax.trees import flatten
 
 JOIN = 60  # seconds that all have to come
 SILENCE = 20.0  # seconds without a sign of life
+STALL = 300.0  # seconds that one may keep the others waiting
 _BEAT = 2.0
 _PATIENCE = 3.0  # seconds for the main thread to find out for itself
 _SAVING = 30.0
@@ -45,6 +47,7 @@ class _Group:
 
   count = 1
   index = 0
+  points = 0  # places that all must pass, and this process has
   gone: str | None = None  # who, and why
   leaving = False
   stop: Any = None  # the last answer of `any_of`, still on its way
@@ -70,24 +73,86 @@ def start(address: str, count: int, index: int, join: int = JOIN) -> None:
   if count == 1:
     return
   host, colon, port = address.rpartition(':')
-  if not colon or not host or not port.isdigit():
-    raise UserError(f'--coordinator: found {address!r}, wanted HOST:PORT')
-  timer = threading.Timer(join, _nobody, (address, count, index, join))
-  timer.daemon = True
-  timer.start()
+  if not (colon and host and port.isdigit() and int(port) < 65535):
+    raise UserError(
+      f'--coordinator: found {address!r}, wanted HOST:PORT; the port after it '
+      'must be free, too'
+    )
+  try:
+    missing = _meet(host, int(port) + 1, count, index, join)
+  except OSError as e:
+    raise UserError(
+      f'--coordinator: port {int(port) + 1}: {e.strerror}; wanted {port} and '
+      'the port after it'
+    ) from None
+  if missing:
+    raise RunFailed(
+      f'process {index} of {count}: {missing} within {join} s; stopping. Start '
+      'all of them, with the same --coordinator and --processes'
+    )
   # JAX's own limits come after ours: it ends a process by SIGABRT.
-  jax.distributed.initialize(
-    address,
-    count,
-    index,
-    initialization_timeout=join + 30,
-    heartbeat_timeout_seconds=int(SILENCE) + 30,
-  )
-  timer.cancel()
+  try:
+    jax.distributed.initialize(
+      address,
+      count,
+      index,
+      initialization_timeout=join + 30,
+      heartbeat_timeout_seconds=int(SILENCE) + 100,
+    )
+  except RuntimeError as e:
+    raise RunFailed(f'--coordinator: {address}: {one_line(e)}') from None
   _Group.count, _Group.index = count, index
   _tell('host', socket.gethostname())
   threading.Thread(target=_beat, daemon=True).start()
   threading.Thread(target=_watch, daemon=True).start()
+
+
+def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
+  """All come to one port first: JAX can not tell who is missing.
+
+  Returns:
+    What is wrong, the same for all that have come; '' if nothing is.
+  """
+  deadline = time.monotonic() + join
+  left = lambda: max(deadline - time.monotonic(), 0.01)
+  if index:
+    while True:
+      try:
+        with socket.create_connection((host, port), left()) as line:
+          line.sendall(f'{index} {count}\n'.encode())
+          line.settimeout(left() + 5)
+          answer = line.makefile().readline()
+          return answer.strip() if answer else 'process 0 has gone'
+      except OSError:
+        if time.monotonic() > deadline:
+          return f'process 0 has not come to {host}:{port}'
+        time.sleep(0.2)
+  here: list[tuple[int, socket.socket]] = []
+  problem = ''
+  with contextlib.ExitStack() as open_lines:
+    server = open_lines.enter_context(socket.create_server(('', port)))
+    while len(here) < count - 1 and not problem:
+      server.settimeout(left())
+      try:
+        line = open_lines.enter_context(server.accept()[0])
+      except TimeoutError:
+        absent = sorted(set(range(1, count)) - {number for number, _ in here})
+        problem = f'process {", ".join(map(str, absent))} has not come'
+        break
+      try:
+        line.settimeout(5)
+        other, others = map(int, line.makefile().readline().split())
+      except (OSError, ValueError):
+        continue  # somebody else, who tried the door
+      if others != count:
+        problem = f'process {other} was started as one of {others}'
+      elif other in [number for number, _ in here]:
+        problem = f'two processes have come as number {other} of {count}'
+      here.append((other, line))
+    for _, line in here:
+      with contextlib.suppress(OSError):
+        line.sendall(f'{problem}\n'.encode())
+  return problem
 
 
 def is_first() -> bool:
@@ -120,7 +185,11 @@ def from_first(function: Callable[[], T]) -> T:
       value = function()
     except (UserError, RunFailed) as e:
       problem = e
+    except Exception as e:  # a bug, or a disk: the others must not wait
+      traceback.print_exc()
+      problem = RunFailed(f'{type(e).__name__}: {e}')
     content = pickle.dumps((value, problem))
+  _Group.points += 1
   size = int(multihost_utils.broadcast_one_to_all(np.int64(len(content))))
   # Few different sizes: each is a program to compile.
   room = np.zeros(1 << max(size - 1, 4095).bit_length(), np.uint8)
@@ -145,6 +214,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     return
   from jax.experimental import multihost_utils
 
+  _Group.points += 1
   gather = multihost_utils.process_allgather
   own = json.dumps({'host': socket.gethostname(), 'facts': dict(facts)})
   content = np.frombuffer(own.encode(), np.uint8)
@@ -174,13 +244,17 @@ def any_of(flag: bool) -> bool:
     return flag
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+  _Group.points += 1
   mesh = Mesh(np.array(jax.devices()), ('data',))
   split = NamedSharding(mesh, PartitionSpec('data'))
   local = np.full(jax.local_device_count(), flag)
   flags = jax.make_array_from_process_local_data(split, local)
   last = _Group.stop
   _Group.stop = _any(mesh)(flags)
-  return last is not None and bool(last)
+  stop = last is not None and bool(last)
+  if stop:  # the others need this process for what is under way
+    jax.block_until_ready(_Group.stop)
+  return stop
 
 
 def _any(mesh: Any) -> Callable[[jax.Array], jax.Array]:
@@ -203,14 +277,16 @@ def leave(status: int, why: str = '') -> None:
   _tell('end', why or f'exit status {status}')
   if is_first():  # JAX aborts the others as soon as this process is gone
     _wait_for_the_others()
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(Exception):
+      stream.flush()
   # Not sys.exit: JAX would wait for the others, who may be gone.
   os._exit(status)
 
 
 def _wait_for_the_others() -> None:
-  deadline = time.monotonic() + 4 * _BEAT
+  wait = _PATIENCE if _Group.gone else 4 * _BEAT
+  deadline = time.monotonic() + wait
   while time.monotonic() < deadline:
     time.sleep(0.2)
     with contextlib.suppress(Exception):
@@ -226,6 +302,7 @@ def finish() -> None:
     return
   from jax.experimental import multihost_utils
 
+  _Group.points += 1
   multihost_utils.sync_global_devices('finished')
   _Group.leaving = True
 
@@ -261,13 +338,14 @@ def _beat() -> None:
   number = 0
   while not _Group.leaving:
     number += 1
-    _tell('beat', str(number))
+    _tell('beat', f'{number} {_Group.points}')
     time.sleep(_BEAT)
 
 
 def _watch() -> None:
   """Looks for processes that have ended, or give no sign of life."""
   seen: dict[str, tuple[str, float]] = {}
+  moved: dict[str, tuple[int, float]] = {}
   unreachable_since: float | None = None
   while not _Group.leaving:
     now = time.monotonic()
@@ -292,6 +370,14 @@ def _watch() -> None:
           f'process {name}{_where(name)} gave no sign of life for '
           f'{SILENCE:.0f} s'
         )
+      points = int(value.split()[1])
+      if points >= _Group.points or moved.get(name, (-1, 0.0))[0] != points:
+        moved[name] = (points, now)
+      elif now - moved[name][1] > STALL:
+        _lost(
+          f'process {name}{_where(name)} hangs: the others have waited for it '
+          f'for {STALL:.0f} s'
+        )
     for key, why in ends.items():
       name = key.rpartition('/')[2]
       if int(name) != _Group.index:
@@ -314,7 +400,8 @@ def _lost(who: str, patience: float = _PATIENCE) -> None:
   time.sleep(patience)
   if _Group.leaving:
     return
-  os.write(sys.stderr.fileno(), f'\n{_farewell(who)}\n'.encode())
+  with contextlib.suppress(Exception):  # nobody may listen any more
+    os.write(sys.stderr.fileno(), f'\n{_farewell(who)}\n'.encode())
   leave(_FAILED, who)
 
 
@@ -323,14 +410,3 @@ def _farewell(who: str) -> str:
     f'process {_Group.index} of {_Group.count}: {who}; stopping. Start all of '
     'them again: the run goes on from the last save'
   )
-
-
-def _nobody(address: str, count: int, index: int, join: int) -> None:
-  text = (
-    f'\nprocess {index} of {count}: not all {count} processes have come to '
-    f'{address} within {join} s; start all of them, with the same '
-    '--coordinator and --processes, and --process=0 to '
-    f'{count - 1}\n'
-  )
-  os.write(sys.stderr.fileno(), text.encode())
-  os._exit(_FAILED)

@@ -96,6 +96,7 @@ def evaluate_model(
         records = _merge(records, found)
         if processes.is_first():
           write_json(results, records)
+          journal.Journal(results, protocol).remove()
       asked += found
   return asked
 
@@ -133,7 +134,6 @@ def _attack(
   outcome = evaluator.outcome(
     variables, split, protocol['seed'], known=known, watch=watch
   )
-  book.remove()
   return outcome
 
 

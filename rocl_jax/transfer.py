@@ -130,6 +130,7 @@ def _score(target, variables, source, attack, split, mesh, batch_size, seed):
     'clean_top1': round(outcome.percent('clean_top1'), 4),
     'robust_top1': round(outcome.percent('robust_top1'), 4),
     'largest_distance': float(np.max(outcome.distance)),
+    'largest_outside': float(np.max(outcome.outside)),
     'versions': results.versions(),
   }
 
@@ -138,13 +139,17 @@ def _check(rows: Sequence[Record]) -> list[audit.Check]:
   """The masked target under attack from itself and from elsewhere."""
   rows = [row for row in rows if row['masked']]
   (own,) = (row for row in rows if row['white_box'])
-  return [
-    audit.white_box(
-      row['source_name'], own['robust_top1'], row['robust_top1'], row['n']
-    )
-    for row in rows
-    if row is not own
-  ]
+  checks = []
+  for row in rows:
+    label = f'{row["attack"]} from {row["source_name"]}'
+    checks += audit.inside(label, row)
+    if row is not own:
+      checks.append(
+        audit.white_box(
+          row['source_name'], own['robust_top1'], row['robust_top1'], row['n']
+        )
+      )
+  return checks
 
 
 def dense_variables(model: Saved) -> Variables:
@@ -181,7 +186,10 @@ def _identity(model: Saved) -> Record:
 
 def _has(record: Any, wanted: Record) -> bool:
   """Whether a record on disk was measured just so."""
-  return isinstance(record, dict) and wanted.items() <= record.items()
+  measured = {'largest_distance', 'largest_outside'}
+  return isinstance(record, dict) and (
+    wanted.items() <= record.items() and measured <= record.keys()
+  )
 
 
 def _replaced(old: Any, new: Record) -> bool:

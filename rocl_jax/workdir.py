@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shlex
 import socket
 import sys
 import threading
@@ -48,9 +49,9 @@ def make(path: str, field: str) -> epath.Path:
   root = epath.Path(path).expanduser().resolve()
   try:
     root.mkdir(parents=True, exist_ok=True)
-    probe = root / '.writable'
+    probe = root / f'.writable-{os.getpid()}'
     probe.write_text('')
-    probe.unlink()
+    probe.unlink(missing_ok=True)
   except OSError as e:
     raise UserError(
       f'{field}: {root} is no folder that can be written: {e.strerror}'
@@ -105,20 +106,21 @@ def _acquire(path, field):
   try:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      locked = True
     except BlockingIOError:
       raise _held(path, field, _read(path)) from None
     except OSError:  # a file system without locks: the file's time decides
-      pass
+      locked = False
     holder = _read(path)
-    elsewhere = holder.get('host') != socket.gethostname()
-    if holder.get('status') == 'running' and elsewhere and _fresh(path):
+    unsure = not locked or holder.get('host') != socket.gethostname()
+    if holder.get('status') == 'running' and unsure and _fresh(path):
       raise _held(path, field, holder)
     me = {
       'status': 'running',
       'host': socket.gethostname(),
       'process': os.getpid(),
       'started': datetime.now(UTC).isoformat(timespec='seconds'),
-      'command': ' '.join(sys.argv),
+      'command': shlex.join(sys.argv),
     }
     _write(file, me)
   except BaseException:
@@ -164,7 +166,8 @@ def _held(path, field, holder):
   )
   return UserError(
     f'{field}: {path.parent} is in use by {who}; wait for it, stop it, or take '
-    'another folder'
+    f'another folder (of another machine: {_SILENCE:.0f} s after its last sign '
+    'of life it counts as dead)'
   )
 
 

@@ -1,11 +1,21 @@
 """Four CPU devices, so that sharding is tested where there is one machine.
 
-Programs that several tests compile are compiled once a session.
+Programs that several tests compile are compiled once a session. Of several
+workers each has cores of its own: their threads would wait for each other's.
 """
 
+import os
 import tempfile
 
-import jax
+_worker = os.environ.get('PYTEST_XDIST_WORKER', '')
+if _worker and hasattr(os, 'sched_setaffinity'):  # before JAX counts them
+  _cores = sorted(os.sched_getaffinity(0))
+  _mine = _cores[
+    int(_worker[2:]) :: int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
+  ]
+  os.sched_setaffinity(0, _mine or _cores)
+
+import jax  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)

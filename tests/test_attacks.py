@@ -324,7 +324,7 @@ def test_a_run_goes_on_from_any_batch_to_the_same_end():
     prediction = np.zeros(size, int)
     prediction[: len(rows)] = strength[member, turn, rows] > 0.8
     zeros = np.zeros(size)
-    return ensemble.Attempt(zeros, prediction, zeros, zeros, zeros)
+    return ensemble.Attempt(zeros, prediction, *[zeros] * 4)
 
   run = lambda fates, settled=lambda *_: None: ensemble.run(
     members, attempt, labels, fates, (4, 8), settled
@@ -332,6 +332,10 @@ def test_a_run_goes_on_from_any_batch_to_the_same_end():
   first = ensemble.begin(rng.random(40) > 0.1, labels, labels == 0)
   straight = run(first, lambda fates, *_: states.append(fates))
   assert straight.after[-1] == straight.robust.sum() < straight.after[0]
+  counted = lambda fates: ensemble.counted_once(members, first.robust, fates)
+  assert counted(straight) == 40
+  twice = straight.tries + (np.arange(40) == 3)
+  assert counted(straight._replace(tries=twice)) == 39
   every = list(calls)
   sizes = [len(rows) for *_, rows in every]
   assert max(sizes) == 8 and sum(s < 8 for s in sizes) <= 4  # one a turn

@@ -125,7 +125,7 @@ def test_robust_accuracy_that_grows_with_the_radius_is_caught():
 
   def trap(images):
     distances = jnp.abs(images[:, None] - IMAGES[None]).max((2, 3, 4))
-    label = jax.nn.one_hot(LABELS[distances.argmin(1)], CLASSES)
+    label = jax.nn.one_hot(jnp.asarray(LABELS)[distances.argmin(1)], CLASSES)
     moved = distances.min(1) > 1.2 * EPS
     return sound(images) + jnp.where(moved, 1e3, 0.0)[:, None] * label
 

@@ -139,9 +139,9 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(tmp_path, monkeypatch):
   write = journal.Journal.write
   writes, kills = 0, [1, 2, 4, 7]
 
-  def interrupted(self, fates):
+  def interrupted(self, fates, now):
     nonlocal writes
-    write(self, fates)
+    write(self, fates, now)
     writes += 1
     if kills and writes == kills[0]:
       kills.pop(0)

@@ -3,7 +3,9 @@
 The numbers in brackets are those of the table in `tests/faults/README.md`.
 """
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -153,9 +155,10 @@ def test_a_save_without_its_manifest_does_not_count(saved):
 def test_no_whole_save_is_no_reason_to_start_anew(saved):
   """[3] Days of work may be lost: that is for people to decide."""
   truncate(saved / '2'), flip_a_bit(saved / '3')
-  with States(epath.Path(saved)) as states:
-    with pytest.raises(RunFailed, match='no save is whole'):
-      states.restore(like=STATE)
+  for _ in range(2):  # nor when it is asked again
+    with States(epath.Path(saved)) as states:
+      with pytest.raises(RunFailed, match='no save is whole'):
+        states.restore(like=STATE)
 
 
 def other_shape(state):
@@ -546,6 +549,89 @@ def test_signals(body, signals, status, said):
   assert time.monotonic() - began < 5
 
 
+def test_nobody_has_to_listen():
+  """[30] With stderr closed a signal still ends it, and a mistake is one."""
+  shell = lambda code: subprocess.run(
+    ['bash', '-c', f'{sys.executable} -c "$0" 2>&-', code], timeout=30
+  )
+  sleeper = LISTENER.format(body='time.sleep(20)').replace(
+    "print('ready', flush=True)",
+    'import os, signal; os.kill(os.getpid(), signal.SIGTERM)',
+  )
+  assert shell(sleeper).returncode == 143
+  mistake = """
+import sys
+from rocl_jax import command, errors
+def main(_):
+  raise errors.UserError('this is wrong')
+command.run(main, 'usage')
+"""
+  assert shell(mistake).returncode == 2
+
+
+def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
+  """[7] A file, below a file, or on a read-only disk."""
+  (tmp_path / 'file').write_text('')
+  for path in ('file', 'file/below'):
+    with pytest.raises(UserError, match=f'--workdir: .*{path}'):
+      workdir.make(str(tmp_path / path), '--workdir')
+
+  def read_only(*_, **__):
+    raise OSError(errno.EROFS, 'Read-only file system')
+
+  monkeypatch.setattr(epath.Path(tmp_path).__class__, 'write_text', read_only)
+  with pytest.raises(UserError, match='Read-only file system'):
+    workdir.make(str(tmp_path / 'new'), '--workdir')
+
+
+def test_a_kill_between_any_two_operations_leaves_a_whole_save(
+  saved, monkeypatch
+):
+  """[1] Raises at the n-th rename, removal or folder made, for every n."""
+  done = []
+
+  class Killed(BaseException):
+    pass
+
+  def counted(module, name):
+    original = getattr(module, name)
+
+    def operation(*arguments, **keywords):
+      done.append(name)
+      if len(done) == stop:
+        raise Killed
+      return original(*arguments, **keywords)
+
+    return lambda patch: patch.setattr(module, name, operation)
+
+  hooks = [counted(os, n) for n in ('rename', 'replace', 'mkdir', 'rmdir')]
+  hooks += [counted(shutil, 'rmtree'), counted(manifest, 'seal')]
+  for stop in range(1, 60):
+    folder = saved.parent / f'{saved.name}-{stop}'
+    shutil.copytree(saved, folder)
+    done.clear()
+    states = States(epath.Path(folder))
+    with monkeypatch.context() as patch:
+      for hook in hooks:
+        hook(patch)
+      arrays = checkpoint._named(state_of(4))
+      try:
+        states._write(4, arrays, {'step': 4, 'rows': []})
+      except Killed:
+        pass
+      killed = len(done) >= stop
+    with States(epath.Path(folder)) as states:
+      restored, _ = states.restore(like=STATE)
+      assert int(restored['step']) in (3, 4)
+      states.save(5, state_of(5), [])
+    assert checkpoint.steps(epath.Path(folder))[-1] == 5
+    left = {p.name for p in folder.iterdir()}
+    assert left <= {'3', '4', '5'} and len(left) == 2
+    if not killed:
+      break
+  assert 3 < stop < 59
+
+
 # The doctor.
 
 
@@ -563,7 +649,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
   found = doctor.examine(epath.Path(tmp_path))
   (problem,) = found.damage
   assert str(path) in problem
-  assert 'sets aside' in doctor.text(epath.Path(tmp_path), found)
+  assert 'DAMAGED' in doctor.text(epath.Path(tmp_path), found)
   with pytest.raises(UserError, match='neither a work directory'):
     doctor.examine(epath.Path(tmp_path) / '1_supervised' / 'checkpoints')
 

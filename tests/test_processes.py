@@ -24,9 +24,15 @@ SMALL = [
   '--config.save_steps=5',
   '--config.supervised.total_epochs=4',
   '--config.supervised.batch_size=100',
-  '--config.supervised.attack.steps=2',
+  '--config.supervised.loss=natural',
   '--config.eval.examples=40',
 ]
+
+
+def every_core():
+  """Two processes on one core would wait for each other's time slices."""
+  if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, range(os.cpu_count()))
 
 
 def free_port():
@@ -65,6 +71,7 @@ def start(environment):
           stdout=subprocess.PIPE,
           stderr=subprocess.PIPE,
           text=True,
+          preexec_fn=every_core,
         )
       )
     return running[-count:]
@@ -110,7 +117,7 @@ def test_two_processes_stop_together(start, tmp_path):
   both = start(*SMALL, f'--workdir={workdir}')
   (status, errors), (other, silent) = end(both)
   assert status == other == 0, errors + silent
-  assert f'resumed at step {newest} of 48' in errors
+  assert f'resumed at step {newest} of 52' in errors
   assert 'epoch' not in silent  # of several the first one speaks
   rows = (workdir / '1_supervised' / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(row)['epoch'] for row in rows] == [1, 2, 3, 4]
@@ -141,22 +148,66 @@ def test_processes_that_disagree_are_told(start, tmp_path):
     assert 'has 1, process 0 on ' in errors
 
 
-NEVER = """
-import sys
+HANG = """
+import sys, time
 from rocl_jax import processes
-processes.start(sys.argv[1], 2, 0, join=4)
+processes.STALL = 5
+index = int(sys.argv[2])
+processes.start(sys.argv[1], 2, index)
+processes.from_first(lambda: 1)
+if index == 1:
+  time.sleep(60)
+processes.from_first(lambda: 2)
 """
 
 
-def test_a_process_that_never_comes(environment):
+def test_a_process_that_hangs_is_named(environment):
+  """It lives, and gives signs of life, but never comes to a collective."""
+  address = f'127.0.0.1:{free_port()}'
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', HANG, address, str(number)],
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in (0, 1)
+  ]
+  (status, errors), _ = end(both, timeout=60)
+  assert status == 3 and 'process 1 on ' in errors and 'hangs' in errors
+
+
+JOIN = """
+import sys
+from rocl_jax import errors, processes
+try:
+  processes.start(sys.argv[1], 3, int(sys.argv[2]), join=3)
+except errors.RunFailed as e:
+  print(e)
+"""
+
+
+@pytest.mark.parametrize(
+  'numbers, told',
+  [
+    ([0, 1], 'process 2 has not come'),
+    ([1], 'process 0 has not come'),
+    ([0, 1, 1], 'two processes have come as number 1 of 3'),
+  ],
+)
+def test_a_process_that_never_comes_is_named(environment, numbers, told):
+  address = f'127.0.0.1:{free_port()}'
   began = time.monotonic()
-  result = subprocess.run(
-    [sys.executable, '-c', NEVER, f'127.0.0.1:{free_port()}'],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  waiting = [
+    subprocess.Popen(
+      [sys.executable, '-c', JOIN, address, str(number)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for number in numbers
+  ]
+  for number, process in zip(numbers, waiting, strict=True):
+    said, _ = process.communicate(timeout=60)
+    assert f'process {number} of 3: {told}' in said
   assert time.monotonic() - began < 30
-  assert result.returncode == 3
-  assert 'process 0 of 2: not all 2 processes have come' in result.stderr
