@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -323,14 +323,24 @@ def _read(folder, name):
     raise Damaged(f'{folder / name}: can not be read: {reason:.200}') from None
 
 
-def _orbax():
+# Two saves of Orbax at a time mix up their operation numbers, and one of them
+# waits until its limit of five minutes for a signal that the other got.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.StandardCheckpointer]:
   # Only the first process comes here: Orbax must not wait for the others.
   alone = ocp.options.MultiprocessingOptions(
     primary_host=0,
     active_processes={0} if processes.count() > 1 else None,
     barrier_sync_key_prefix='first' if processes.count() > 1 else None,
   )
-  return ocp.StandardCheckpointer(multiprocessing_options=alone)
+  with (
+    _ONE_AT_A_TIME,
+    ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer,
+  ):
+    yield checkpointer
 
 
 def _restore(path):
