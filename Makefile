@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What CI runs before the tests.
 check: .venv/installed-dev

@@ -23,3 +23,11 @@ jax.config.update('jax_num_cpu_devices', 4)
 _CACHE = tempfile.TemporaryDirectory(prefix='rocl_jax_tests')
 jax.config.update('jax_compilation_cache_dir', _CACHE.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+# With several workers the long files first, so that none is left for the end.
+_LONG = ('commands', 'stages', 'processes', 'benchmark', 'autoattack_reference')
+
+
+def pytest_collection_modifyitems(items):
+  rank = {f'test_{name}.py': i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -159,6 +160,24 @@ def test_no_whole_save_is_no_reason_to_start_anew(saved):
     with States(epath.Path(saved)) as states:
       with pytest.raises(RunFailed, match='no save is whole'):
         states.restore(like=STATE)
+
+
+def test_saves_of_several_threads_do_not_meet(tmp_path):
+  """A model may end while a state is written; Orbax mixes up two saves."""
+  like = {'params': {f'w{i}': np.full((64, 64), i) for i in range(20)}}
+
+  def save(name):
+    for _ in range(5):
+      checkpoint.save_model(epath.Path(tmp_path) / name, like, ABOUT)
+
+  threads = [threading.Thread(target=save, args=(n,)) for n in 'abc']
+  began = time.monotonic()
+  [t.start() for t in threads], [t.join() for t in threads]
+  assert time.monotonic() - began < 60  # else one waits for 300 s
+  for name in 'abc':
+    assert_equal_trees(
+      checkpoint.load_model(epath.Path(tmp_path) / name)[0], like
+    )
 
 
 def other_shape(state):
