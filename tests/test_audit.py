@@ -193,6 +193,16 @@ def test_what_records_say_is_checked(changes, problem):
   assert bad == ([] if problem is None else [f'autoattack on test: {problem}'])
 
 
+def test_one_image_more_is_no_evidence_against_gradients():
+  """One of 360 is 0.27777... points, and records round."""
+  confusion = [[180, 0], [90, 90]]
+  few = record(n=360, counted=360, confusion=confusion, robust_top1=89.7222)
+  few |= {'clean_top1': 98.0}
+  for member, robust in zip(few['members'], (90.0, 90.0, 89.7222), strict=True):
+    member['robust_top1'] = robust
+  assert not failed(of_records([few]))
+
+
 def test_an_ensemble_is_no_weaker_than_any_attack():
   single = {'attack': 'pgd50', 'algorithm': 'pgd', 'members': None}
   fine = [record(), record(**single, robust_top1=44.5)]
