@@ -616,6 +616,9 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_save(
     original = getattr(module, name)
 
     def operation(*arguments, **keywords):
+      # Not within Orbax, whose threads would wait five minutes for each other.
+      if checkpoint._ONE_AT_A_TIME.locked():
+        return original(*arguments, **keywords)
       done.append(name)
       if len(done) == stop:
         raise Killed
