@@ -9,7 +9,8 @@
 --workdir=FOLDER           where everything goes; the same command resumes
 --coordinator=HOST:PORT --processes=N --process=I
                            one of N processes that train together; the first,
-                           0, is at HOST:PORT and writes the work directory
+                           0, is at HOST:PORT and writes the work directory.
+                           Cloud TPU, SLURM and Kubernetes say so themselves
 --allow_change=FIELD,...   fields, such as config.seed, that may differ from
                            what made the folder
 """
@@ -21,16 +22,25 @@ from rocl_jax import command
 command.define_config()
 flags.DEFINE_string('workdir', None, 'Folder of everything the run writes.')
 flags.DEFINE_string('coordinator', '', 'HOST:PORT of the first process.')
-flags.DEFINE_integer('processes', 1, 'How many processes train together.')
+flags.DEFINE_integer('processes', 0, 'How many processes; 0: found out.')
 flags.DEFINE_integer('process', 0, 'The number of this one, from 0.')
 flags.DEFINE_list('allow_change', [], 'Fields that may have changed.')
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, interruption, pipeline, processes, report
+  from rocl_jax import (
+    cluster,
+    compiled,
+    interruption,
+    pipeline,
+    processes,
+    report,
+  )
 
   group = flags.FLAGS
-  processes.start(group.coordinator, group.processes, group.process)
+  processes.start(
+    cluster.find(group.coordinator, group.processes, group.process)
+  )
   interruption.install('stopped; the same command goes on from the last save')
   compiled.keep_programs()
   workdir = flags.FLAGS.workdir

@@ -1,6 +1,6 @@
 """Several processes as one run: who writes, what all agree on, who is gone.
 
-  start('10.0.0.1:8476', count=2, index=0)    # before any device work
+  start(cluster.find('10.0.0.1:8476', 2, 0))    # before any device work
   agree({'config': config, 'images': '3ad1'})
   records = from_first(lambda: results.read(path))
   if is_first(): ...
@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from rocl_jax.cluster import Member
 from rocl_jax.errors import RunFailed, UserError, one_line
 from rocl_jax.trees import flatten
 
-JOIN = 60  # seconds that all have to come
 SILENCE = 20.0  # seconds without a sign of life
 STALL = 300.0  # seconds that one may keep the others waiting
 _BEAT = 2.0
@@ -53,31 +53,21 @@ class _Group:
   stop: Any = None  # the last answer of `any_of`, still on its way
 
 
-def start(address: str, count: int, index: int, join: int = JOIN) -> None:
+def start(member: Member) -> None:
   """Joins the other processes; to be called before any device work.
 
   Args:
-    address: host and port of the first process.
-    count: of all processes.
-    index: of this one.
-    join: seconds to wait for the others.
+    member: see `cluster.find`.
 
   Raises:
-    UserError: numbers that can not be.
+    UserError: the address is not free.
     RunFailed: not all have come in time; the message says who has not.
   """
-  if count < 1 or not 0 <= index < count:
-    raise UserError(
-      f'--process: found {index} of {count}, wanted 0 to {count - 1}'
-    )
+  address, count, index = member.address, member.count, member.index
+  join = member.join
   if count == 1:
     return
-  host, colon, port = address.rpartition(':')
-  if not (colon and host and port.isdigit() and int(port) < 65535):
-    raise UserError(
-      f'--coordinator: found {address!r}, wanted HOST:PORT; the port after it '
-      'must be free, too'
-    )
+  host, _, port = address.rpartition(':')
   try:
     missing = _meet(host, int(port) + 1, count, index, join)
   except OSError as e:
@@ -87,8 +77,8 @@ def start(address: str, count: int, index: int, join: int = JOIN) -> None:
     ) from None
   if missing:
     raise RunFailed(
-      f'process {index} of {count}: {missing} within {join} s; stopping. Start '
-      'all of them, with the same --coordinator and --processes'
+      f'process {index} of {count} (by {member.source}): {missing} within {join} s; '
+      'stopping. Start all of them, with the same --coordinator and --processes'
     )
   # JAX's own limits come after ours: it ends a process by SIGABRT.
   try:
@@ -96,6 +86,7 @@ def start(address: str, count: int, index: int, join: int = JOIN) -> None:
       address,
       count,
       index,
+      local_device_ids=member.devices,
       initialization_timeout=join + 30,
       heartbeat_timeout_seconds=int(SILENCE) + 100,
     )

@@ -219,9 +219,7 @@ def test_another_networks_state_is_refused_field_by_field(change, told, saved):
 def test_a_save_counts_when_it_was_read_back(saved, monkeypatch):
   """Nothing goes before its successor is known to be good."""
   monkeypatch.setattr(checkpoint, '_PAUSES', (0.0,))
-  monkeypatch.setattr(
-    checkpoint, '_restore', lambda path: {'step': np.zeros(3)}
-  )
+  monkeypatch.setattr(checkpoint, '_restore', lambda *_: {'step': np.zeros(3)})
   with States(epath.Path(saved)) as states:
     states.save(4, state_of(4), [])
     with pytest.raises(RunFailed, match='read back is not what was written'):

@@ -150,10 +150,10 @@ def test_processes_that_disagree_are_told(start, tmp_path):
 
 HANG = """
 import sys, time
-from rocl_jax import processes
+from rocl_jax import cluster, processes
 processes.STALL = 5
 index = int(sys.argv[2])
-processes.start(sys.argv[1], 2, index)
+processes.start(cluster.find(sys.argv[1], 2, index))
 processes.from_first(lambda: 1)
 if index == 1:
   time.sleep(60)
@@ -178,10 +178,11 @@ def test_a_process_that_hangs_is_named(environment):
 
 
 JOIN = """
-import sys
-from rocl_jax import errors, processes
+import dataclasses, sys
+from rocl_jax import cluster, errors, processes
+member = cluster.find(sys.argv[1], 3, int(sys.argv[2]))
 try:
-  processes.start(sys.argv[1], 3, int(sys.argv[2]), join=3)
+  processes.start(dataclasses.replace(member, join=3))
 except errors.RunFailed as e:
   print(e)
 """
@@ -209,5 +210,5 @@ def test_a_process_that_never_comes_is_named(environment, numbers, told):
   ]
   for number, process in zip(numbers, waiting, strict=True):
     said, _ = process.communicate(timeout=60)
-    assert f'process {number} of 3: {told}' in said
+    assert f'process {number} of 3 (by flags): {told}' in said
   assert time.monotonic() - began < 30
