@@ -77,8 +77,9 @@ def start(member: Member) -> None:
     ) from None
   if missing:
     raise RunFailed(
-      f'process {index} of {count} (by {member.source}): {missing} within {join} s; '
-      'stopping. Start all of them, with the same --coordinator and --processes'
+      f'process {index} of {count} (by {member.source}): {missing} within '
+      f'{join} s; stopping. Start all of them, with the same --coordinator and '
+      '--processes'
     )
   # JAX's own limits come after ours: it ends a process by SIGABRT.
   try:
