@@ -157,7 +157,7 @@ def test_other_sections_write_their_tables(tmp_path):
 
 
 def test_drift_is_a_small_share_of_the_way(tmp_path, monkeypatch):
-  stages = {name: STAGES[name] for name in ('linear_eval', 'prune')}
+  stages = {name: STAGES[name] for name in ('linear_eval',)}
   monkeypatch.setattr(drift, 'STAGES', stages)
   monkeypatch.setattr(drift, 'AFTER', (1, 2))
   records = drift.measure(small_settings(), lambda _: None)

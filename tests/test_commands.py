@@ -163,6 +163,29 @@ def stop_after(command, environment, lines, delay, number):
   return process.wait(timeout=60), ''.join(output)
 
 
+def kill_at(command, environment, word, delay):
+  """Starts a run and kills it some time after a line that begins so.
+
+  Returns:
+    Exit status and output; the status is 0 if it was over before.
+  """
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  output = []
+  for line in process.stderr:
+    output.append(line)
+    if line.startswith(word):
+      time.sleep(delay)
+      process.kill()
+  return process.wait(timeout=60), ''.join(output)
+
+
 def assert_same_run(workdir, straight):
   """Weights, statistics, masks, optimisers and rows are equal to the bit."""
   stages = ('1_pretrain', '2_supervised', '3_prune', '4_finetune')
@@ -242,27 +265,31 @@ def test_killed_at_twenty_random_instants(
   finished, environment, call, tmp_path
 ):
   """During steps, saves, hand-over, evaluation and report."""
-  straight, _ = finished
+  straight, result = finished
   workdir = tmp_path / 'killed'
   command = [sys.executable, 'train.py', *SMALL, f'--workdir={workdir}']
-  random = np.random.default_rng(int(time.time()))
-  kills, where = 0, []
-  while kills < 20:
-    lines, delay = int(random.integers(1, 9)), random.uniform(0, 2)
-    status, output = stop_after(
-      command, environment, lines, delay, signal.SIGKILL
-    )
-    kills += status == -9
-    where.append(output.splitlines()[-1] if output else '')
-    if status == 0:  # begin again somewhere in the middle
-      stage = random.choice(['2_supervised', '3_prune', '4_finetune', 'rocl'])
-      shutil.rmtree(workdir / stage, ignore_errors=True)
+  seed = int(time.time())
+  random = np.random.default_rng(seed)
+  # Places all over what the run says, and one after its last word.
+  said = [
+    re.split(r' after |  loss|: resumed', line)[0]
+    for line in result.stderr.splitlines()
+  ]
+  places = sorted(random.choice(len(said), 19, replace=False))
+  where = []
+  for word in [*(said[place] for place in places), said[-1]]:
+    delay = random.uniform(0, 1)
+    status, output = kill_at(command, environment, word, delay)
+    where.append(f'{word!r} + {delay:.2f} s: {status}')
+    if status == 0:  # passed before: let the run do its last stage again
+      shutil.rmtree(workdir / 'rocl', ignore_errors=True)
+  print(f'seed {seed}', *where, sep='\n')
+  assert sum(line.endswith('-9') for line in where) >= 15
   call('train.py', *SMALL, f'--workdir={workdir}')
-  print('\n'.join(where))
   assert_same_run(workdir, straight)
 
 
-def test_a_saved_model_can_be_evaluated_again(call, finished):
+def test_a_saved_model_can_be_evaluated_again(call, environment, finished):
   workdir, _ = finished
   model = workdir / '4_finetune' / 'model'
   suite = '--config=configs/eval.py:paper'
@@ -270,6 +297,10 @@ def test_a_saved_model_can_be_evaluated_again(call, finished):
     '-m', 'rocl_jax.evaluate', f'--model={model}', suite,
     '--config.eval.eps=1/20', '--config.eval.examples=100',
   )  # fmt: skip
+  command = [sys.executable, *map(str, arguments)]
+  # At the first word of the second attack.
+  status, said = stop_after(command, environment, 2, 0, signal.SIGTERM)
+  assert status == 143 and 'same command goes on' in said, said
   result = call(*arguments)
   assert 'pgd20' in result.stdout
   records = json.loads((workdir / '4_finetune' / 'results.json').read_text())

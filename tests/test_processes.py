@@ -147,6 +147,49 @@ def test_processes_that_disagree_are_told(start, tmp_path):
     assert 'has 1, process 0 on ' in errors
 
 
+AGREE = """
+import sys
+from rocl_jax import cluster, errors, processes
+index = int(sys.argv[2])
+processes.start(cluster.find(sys.argv[1], 2, index))
+facts = {
+  'config of ours': {'seed': 0}, 'versions': {'jax': '1'}, 'code': 'abc',
+  'images': [1, 2, 3],
+}
+for name, other in (
+  ('code', 'abd'), ('versions', {'jax': '2'}), ('images', [1, 2, 4]),
+):
+  try:
+    processes.agree(facts | ({name: other} if index else {}))
+  except errors.UserError as e:
+    print(e, flush=True)
+processes.agree(facts)
+processes.finish()
+"""
+
+
+def test_each_process_hears_what_differs(environment):
+  """Code, versions, images: the command compares these, too."""
+  address = f'127.0.0.1:{free_port()}'
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', AGREE, address, str(number)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for number in (0, 1)
+  ]
+  for process in both:
+    said, _ = process.communicate(timeout=60)
+    told = [line for line in said.splitlines() if ': process 1 on ' in line]
+    assert [line.split(':')[0] for line in told] == [
+      *('code', 'versions.jax', 'images'),
+    ]
+    assert all('wanted the same everywhere' in line for line in told)
+    assert process.returncode == 0
+
+
 HANG = """
 import sys, time
 from rocl_jax import cluster, processes
