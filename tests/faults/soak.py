@@ -4,7 +4,9 @@
   python tests/faults/soak.py kills [50]     # kill -9 and the same command
 
 Prints a line every so often, and exits with status 1 if anything grows: the
-last quarter may stand 5 % above the second one, no more.
+last quarter may stand 5 % above the second one, no more. Memory may grow by
+half a MiB a stage besides: Orbax keeps 0.05 MiB an operation, alone in a loop
+too, and a stage has eight or so.
 """
 
 import ctypes
@@ -125,7 +127,8 @@ def grows(rows):
       f'{name}: median {before:.1f} in the second quarter, {after:.1f} in '
       'the last'
     )
-    if after > before * 1.05 + 1:
+    slack = len(rows) / 4 if name == 'memory' else 1
+    if after > before * 1.05 + slack:
       bad.append(name)
   return bad
 
