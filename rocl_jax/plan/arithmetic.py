@@ -1,0 +1,73 @@
+"""What a step takes on GPUs, counted: nothing is compiled for them.
+
+XLA's programs for GPUs can't be made without one. FLOPs are those that the
+mathematics needs. State and training set are exact. Activations are counted
+for the network of `models.ResNet`: what each layer keeps for the gradient, and
+what passes through memory if XLA fuses all that it can.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rocl_jax.benchmark import work
+from rocl_jax.hlo import Collective
+from rocl_jax.plan import steps
+from rocl_jax.plan.estimate import Memory, Step
+
+# Of each convolution's result: itself, for BatchNorm's gradient, and the
+# ReLU's, for the next convolution's.
+_KEPT = 2
+# Times that it passes through memory. Constant weights: written, read by the
+# next; their gradient: read, written, and the ReLU's result once more.
+# Training: written, read for the statistics, read to normalise, written, read;
+# backward the gradient three times, the results twice, two writes.
+_FORWARD, _ATTACK, _TRAIN = 2, 5, 12
+
+
+def step(planned: steps.Planned, batch_size: int, devices: int) -> Step:
+  """What a step of a stage takes on each of so many GPUs, by arithmetic."""
+  settings, model, images = planned.settings, planned.model, planned.images
+  one = Mesh(np.array(jax.devices()[:1]), ('data',))
+  _, (state, *rest, _) = steps.program(planned, batch_size, one)
+  trainable = _bytes(state.trained.trainable)
+  count = work.forward(model, images.size, images.classes)
+  passes = work.passes(planned.name, settings, count)
+  width = np.dtype('float32' if model.dtype == 'float32' else 'uint16').itemsize
+  results = width * sum(
+    size**2 * outputs
+    for size, _, _, outputs in work.convolutions(model, images.size)
+  )
+  own = batch_size / devices
+  alive = max(passes.train, 1)
+  times = (
+    passes.forward * _FORWARD
+    + passes.attack_steps * (_FORWARD + _ATTACK)
+    + passes.train * _TRAIN
+  )
+  needed = work.step(
+    planned.name, settings, model, images.size, images.classes
+  )
+  return Step(
+    stage=planned.name,
+    batch=batch_size,
+    devices=devices,
+    hand_flops=own * needed,
+    memory=Memory(
+      arguments=_bytes(state) + _bytes(rest),
+      temporaries=int(trainable + own * alive * _KEPT * results),
+      outputs=0,
+      code=0,
+    ),
+    flops=own * needed,
+    traffic=own * times * results + 3 * _bytes(state),
+    collectives={'all-reduce': Collective(1, trainable)}
+    if devices > 1
+    else {},
+  )
+
+
+def _bytes(tree):
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
