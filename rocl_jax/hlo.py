@@ -20,8 +20,8 @@ class Shape(NamedTuple):
   """An array's element type, as XLA names it, its dimensions, its layout.
 
   Attributes:
-    layout: such as '3,0,2,1:T(8,128)(2,1)S(1)', the dimensions from the minor
-      one on, the tiles that TPUs pad to, and the memory if not the main one.
+    layout: such as '3,0,2,1:T(8,128)(2,1)S(1)': the dimensions from the minor
+      one on, the tiles that TPUs pad to, and S(1) in a core's vector memory.
   """
 
   dtype: str
@@ -35,9 +35,12 @@ class Shape(NamedTuple):
   @property
   def moved(self) -> int:
     """Bytes of main memory that it takes, padding included."""
+    return 0 if 'S(1)' in self.layout else self.stored
+
+  @property
+  def stored(self) -> int:
+    """Bytes that it takes, padding included, in whatever memory."""
     order, _, rest = self.layout.partition(':')
-    if 'S(1)' in rest:  # the vector memory of a TPU core
-      return 0
     dims = list(self.dims)
     tile = re.match(r'T\(([\d,]+)\)', rest)
     if tile and order:
@@ -322,6 +325,8 @@ def traffic(program: Program) -> int:
     written = sum(shape.moved for shape in _results(instruction))
     if instruction.opcode in _SLICES:
       read = written
+    elif instruction.opcode == 'slice-start':  # from main into vector memory
+      read = sum(shape.stored for shape in _results(instruction))
     elif instruction.opcode == 'dynamic-update-slice':
       read = written = scope[instruction.operands[1]].moved
     else:
@@ -354,12 +359,19 @@ def _read(program, instruction, position, operand):
   return sum(u.moved for u in slices)
 
 
+_AFTER_OPERANDS = (
+  'all-gather-start',
+  'collective-permute-start',
+  'slice-start',
+)
+
+
 def _results(instruction):
   """What an instruction makes; the start of a later one names operands too."""
   count = len(instruction.operands)
-  if instruction.opcode in ('all-gather-start', 'collective-permute-start'):
+  if instruction.opcode in _AFTER_OPERANDS:
     return instruction.shapes[count : 2 * count]
-  if instruction.opcode in ('copy-start', 'slice-start'):
+  if instruction.opcode == 'copy-start':
     return instruction.shapes[:1]
   return instruction.shapes
 

@@ -34,9 +34,7 @@ def forward(settings: Settings, image_size: int, num_classes: int) -> Forward:
   )
   features = settings.width * 2 ** (len(ARCHITECTURES[settings.name]) - 1)
   projector = 2 * (features * 2048 + 2048 * 128)
-  return Forward(
-    stem, stem + sum(rest), 2 * features * num_classes, projector
-  )
+  return Forward(stem, stem + sum(rest), 2 * features * num_classes, projector)
 
 
 def convolutions(

@@ -9,12 +9,12 @@ what passes through memory if XLA fuses all that it can.
 import math
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+import jax.numpy as jnp
 
+from rocl_jax import optim
 from rocl_jax.benchmark import work
 from rocl_jax.hlo import Collective
-from rocl_jax.plan import steps
+from rocl_jax.plan import estimate, steps
 from rocl_jax.plan.estimate import Memory, Step
 
 # Of each convolution's result: itself, for BatchNorm's gradient, and the
@@ -30,13 +30,17 @@ _FORWARD, _ATTACK, _TRAIN = 2, 5, 12
 def step(planned: steps.Planned, batch_size: int, devices: int) -> Step:
   """What a step of a stage takes on each of so many GPUs, by arithmetic."""
   settings, model, images = planned.settings, planned.model, planned.images
-  one = Mesh(np.array(jax.devices()[:1]), ('data',))
-  _, (state, *rest, _) = steps.program(planned, batch_size, one)
-  trainable = _bytes(state.trained.trainable)
+  optimizer, _ = optim.make(settings.optimizer, 1, 1)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  trained = jax.eval_shape(planned.stage.start, planned.upstream, key)
+  state = (trained, jax.eval_shape(optimizer.init, trained.trainable))
+  trainable = _bytes(trained.trainable)
+  updates = images.count // batch_size
+  order = updates * (4 * batch_size + 1)  # and which of them were skipped
+  data = images.count * (3 * images.size**2 + 4)
   count = work.forward(model, images.size, images.classes)
   passes = work.passes(planned.name, settings, count)
-  width = np.dtype('float32' if model.dtype == 'float32' else 'uint16').itemsize
-  results = width * sum(
+  results = jnp.dtype(model.dtype).itemsize * sum(
     size**2 * outputs
     for size, _, _, outputs in work.convolutions(model, images.size)
   )
@@ -47,27 +51,29 @@ def step(planned: steps.Planned, batch_size: int, devices: int) -> Step:
     + passes.attack_steps * (_FORWARD + _ATTACK)
     + passes.train * _TRAIN
   )
-  needed = work.step(
-    planned.name, settings, model, images.size, images.classes
-  )
+  needed = work.step(planned.name, settings, model, images.size, images.classes)
   return Step(
     stage=planned.name,
     batch=batch_size,
     devices=devices,
     hand_flops=own * needed,
     memory=Memory(
-      arguments=_bytes(state) + _bytes(rest),
-      temporaries=int(trainable + own * alive * _KEPT * results),
+      arguments=_bytes(state) + data + order,
+      temporaries=int(
+        trainable
+        + own * alive * _KEPT * results
+        + own * batch_size * estimate.pair_bytes(planned.name)
+      ),
       outputs=0,
       code=0,
     ),
     flops=own * needed,
     traffic=own * times * results + 3 * _bytes(state),
-    collectives={'all-reduce': Collective(1, trainable)}
-    if devices > 1
-    else {},
+    collectives={'all-reduce': Collective(1, trainable)} if devices > 1 else {},
   )
 
 
 def _bytes(tree):
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  return sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )

@@ -168,10 +168,10 @@ def slice_of(name: str, flag: str = '--topology') -> Slice:
   if asked not in known:
     kind = asked.replace(':', '-').partition('-')[0]
     same = [s.name for s in SLICES.values() if s.kind == kind]
-    some = ['v4-8', 'v5e-16', 'v5e-256', 'v6e-8', 'h100x8']
+    some = same or ['v4-8', 'v5e-16', 'v5e-256', 'v6e-8', 'h100x8']
+    hint = _nearest(asked, same) or nearest(asked, known)
     raise UserError(
-      f'{flag}: found {name!r}, wanted one such as '
-      f'{", ".join(same or some)}{_nearest(asked, same) or nearest(asked, known)}'
+      f'{flag}: found {name!r}, wanted one such as {", ".join(some)}{hint}'
     )
   return known[asked]
 

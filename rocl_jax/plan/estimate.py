@@ -129,17 +129,33 @@ def largest_batch(one: Step, two: Step, where: Slice, count: int) -> int:
   """The largest batch that fits, from two compiled ones, `two` the larger.
 
   Temporaries grow with the batch: along the line through both, or in
-  proportion from the larger one, whichever is steeper. Never more than the
-  training set.
+  proportion from the larger one, whichever is steeper; beside them those of
+  all pairs of images. Never more than the training set.
   """
-  step = two if two.memory.total else one
-  other = one if step is two else two
-  each = step.memory.temporaries / step.batch
-  rise = step.memory.temporaries - other.memory.temporaries
-  if other.memory.total and rise > 0:
-    each = max(each, rise / (step.batch - other.batch))
-  free = where.chip.memory_bytes - step.memory.total
-  images = step.batch + free / each if each else count
-  if two.refused:
-    images = min(images, two.batch - 1)
-  return int(max(min(images, count), 0)) // step.devices * step.devices
+  pairs = pair_bytes(one.stage) / one.devices
+  single = lambda s: max(s.memory.temporaries - pairs * s.batch**2, 0)
+  step = one if two.refused else two
+  each = single(step) / step.batch
+  if not two.refused:
+    each = max(each, (single(two) - single(one)) / (two.batch - one.batch))
+  fixed = step.memory.total - step.memory.temporaries
+  offset = single(step) - each * step.batch  # below 0 if the line is steeper
+  fits = lambda b: (
+    fixed + offset + each * b + pairs * b**2 <= where.chip.memory_bytes
+  )
+  most = min(count, two.batch - 1) if two.refused else count
+  low, high = 0, most // step.devices  # images a device
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (
+      (middle, high) if fits(middle * step.devices) else (low, middle - 1)
+    )
+  return low * step.devices
+
+
+def pair_bytes(stage: str) -> int:
+  """Of what NT-Xent has for each pair of images, over all devices.
+
+  Similarity, exponential and gradient of three views against three.
+  """
+  return 3 * 9 * 4 if stage == 'pretrain' else 0

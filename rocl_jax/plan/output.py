@@ -83,7 +83,7 @@ def tables(where: Slice, rows: list[Row]) -> list[str]:
     work.append(
       [
         name,
-        f'{s.flops / 1e9:,.1f}',
+        f'{s.flops / 1e9:,.1f}' if s.compile_seconds else '',
         f'{s.hand_flops / 1e9:,.1f}',
         f'{s.traffic / 1e9:,.2f}',
         _kinds(s.collectives),
@@ -98,12 +98,12 @@ def tables(where: Slice, rows: list[Row]) -> list[str]:
           for t in (p.arithmetic, p.memory, p.interconnect, p.step)
         ),
         f'{p.images_per_second:,.0f}',
-        f'{p.hours:.2f}',
+        _hours(p.hours),
       ]
     )
   hours = sum(r.prediction.hours for r in rows if r.prediction)
   if len(times) > 1:
-    times.append(['all', *[''] * 5, f'{hours:.2f}'])
+    times.append(['all', *[''] * 5, _hours(hours)])
   lines = _table(
     ['memory, GiB', 'batch (a chip)', 'arguments', 'temporaries']
     + ['code, outputs', 'total', 'of the chip', 'largest batch', 'compile s'],
@@ -123,6 +123,10 @@ def _batch(r: Row, where: Slice) -> str:
   if r.largest and r.largest >= r.planned.images.count - where.devices:
     return 'all images'
   return f'{r.largest:,}'
+
+
+def _hours(hours: float) -> str:
+  return f'{hours:.2f}' if hours >= 1 else f'{hours:.2g}'
 
 
 def _kinds(collectives) -> str:
@@ -154,7 +158,7 @@ def comparison(planned: list[tuple[Slice, list[Row]]]) -> list[str]:
             if p
             else ('', '')
           ),
-          f'{p.hours:.2f}' if p else '',
+          _hours(p.hours) if p else '',
         ]
       )
   head = ['topology', 'stage', 'batch a chip', 'memory of the chip']
@@ -192,8 +196,12 @@ COMPILED = (
 )
 QUICK = (
   'Compiled with exec_time_optimization_effort {:g}: the same mathematics '
-  'and collectives, but XLA plans the chip’s fast memory less carefully than '
-  'for a run (--effort=0).'
+  'and collectives, but XLA leaves the chip’s vector memory unused, so that '
+  'more bytes move than in a run and the time is no lower bound (--effort=0).'
+)
+LARGER = (
+  'The largest batch is from this program’s memory and that of a larger '
+  'batch, which is compiled with the least effort: within about a tenth.'
 )
 COUNTED = (
   'GPUs: nothing was compiled. State and training set are exact; activations '
@@ -206,6 +214,8 @@ def notes(planned: list[tuple[Slice, list[Row]]], effort: float) -> list[str]:
   lines = [NOTES]
   if any(where.layout for where, _ in planned):
     lines.append(COMPILED)
+    if any(r.larger for _, rows in planned for r in rows):
+      lines.append(LARGER)
     if effort:
       lines.append(QUICK.format(effort))
   if not all(where.layout for where, _ in planned):

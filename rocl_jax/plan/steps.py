@@ -127,9 +127,7 @@ def program(
   )
   array = jax.ShapeDtypeStruct
   rest = (
-    Batch(
-      array((count, size, size, 3), jnp.uint8), array((count,), jnp.int32)
-    ),
+    Batch(array((count, size, size, 3), jnp.uint8), array((count,), jnp.int32)),
     array((steps, batch_size), jnp.int32),
     _key(),
   )
