@@ -85,7 +85,7 @@ def _text(asked, m, images, planned):
 
   text = ['# Plan', '', f'`{asked}`', '']
   text += [
-    f'{m.name}, width {m.width}, {m.dtype}; {images.count:,} images of '
+    f'{m.name}, width {m.width}, {m.dtype}; {images.number:,} images of '
     f'{images.size}×{images.size}, {images.classes} classes. '
     + ', '.join(f'{k} {v}' for k, v in output.versions().items())
     + '.',
@@ -117,7 +117,7 @@ def _plan(where, stages):
 
   rows = []
   for stage in stages:
-    batch, count = stage.settings.batch_size, stage.images.count
+    batch, count = stage.settings.batch_size, stage.images.number
     one, two, largest = step(stage, batch, flags.FLAGS.effort), None, None
     other = estimate.second_batch(batch, where.devices, count)
     if flags.FLAGS.largest_batch and other and not one.refused:

@@ -35,9 +35,9 @@ def step(planned: steps.Planned, batch_size: int, devices: int) -> Step:
   trained = jax.eval_shape(planned.stage.start, planned.upstream, key)
   state = (trained, jax.eval_shape(optimizer.init, trained.trainable))
   trainable = _bytes(trained.trainable)
-  updates = images.count // batch_size
+  updates = images.number // batch_size
   order = updates * (4 * batch_size + 1)  # and which of them were skipped
-  data = images.count * (3 * images.size**2 + 4)
+  data = images.number * (3 * images.size**2 + 4)
   count = work.forward(model, images.size, images.classes)
   passes = work.passes(planned.name, settings, count)
   results = jnp.dtype(model.dtype).itemsize * sum(

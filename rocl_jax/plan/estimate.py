@@ -88,7 +88,9 @@ def predict(step: Step, planned: Planned, where: Slice) -> Prediction:
   memory = step.traffic / chip.bytes_per_second
   interconnect = sent(step.collectives, step.devices) / chip.sent_per_second
   seconds = max(arithmetic, memory) + interconnect
-  updates = planned.settings.total_epochs * (planned.images.count // step.batch)
+  updates = planned.settings.total_epochs * (
+    planned.images.number // step.batch
+  )
   return Prediction(
     arithmetic,
     memory,

@@ -120,7 +120,7 @@ _TIMES += ['step ms', 'images/s', 'hours']
 
 
 def _batch(r: Row, where: Slice) -> str:
-  if r.largest and r.largest >= r.planned.images.count - where.devices:
+  if r.largest and r.largest >= r.planned.images.number - where.devices:
     return 'all images'
   return f'{r.largest:,}'
 
@@ -205,8 +205,8 @@ LARGER = (
 )
 COUNTED = (
   'GPUs: nothing was compiled. State and training set are exact; activations '
-  'and traffic are counted for perfect fusion, and cuDNN’s workspace is not in '
-  'them.'
+  'and traffic are counted for perfect fusion, without cuDNN’s workspace: '
+  'compiled programs had 0.7 to 1.9 times the temporaries (docs/plan).'
 )
 
 

@@ -26,7 +26,7 @@ _CIFAR10 = ('tfds', 'binary', 'python')
 class Images(NamedTuple):
   """Sizes of the training set: number, height and width, classes."""
 
-  count: int
+  number: int
   size: int
   classes: int
 
@@ -87,7 +87,7 @@ def read(
       'images; wanted --images=N --image_size=S --classes=K'
     )
   if not images:  # of --images nothing is held out
-    sizes = sizes._replace(count=sizes.count - held_out)
+    sizes = sizes._replace(number=sizes.number - held_out)
   return run, sizes
 
 
@@ -105,7 +105,7 @@ def plan(run: Run, images: Images) -> Iterator[Planned]:
 
 def check(planned: Planned, devices: int) -> None:
   """Raises UserError unless a run would take the batch on so many devices."""
-  batch, count = planned.settings.batch_size, planned.images.count
+  batch, count = planned.settings.batch_size, planned.images.number
   field = f'config.{planned.name}.batch_size'
   if batch > count:
     raise UserError(
