@@ -98,7 +98,9 @@ def stages(config, images=0, size=0, classes=0):
 def test_sizes_come_from_the_source_and_need_no_files():
   config = cifar10.get_config()
   config.data.source, config.data.dir = 'binary', '/nowhere'
-  assert steps.read(config, 0, 0, 0)[1] == (49_000, 32, 10)
+  run, sizes = steps.read(config, 0, 0, 0)
+  assert sizes == (49_000, 32, 10) and run.config['data']['dir'] == '/nowhere'
+  assert config.data.source == 'binary'
   assert steps.read(quickstart.get_config(), 0, 0, 0)[1] == (1_300, 8, 10)
   config.data.source = 'folder'
   with pytest.raises(UserError, match='--images=N'):

@@ -3,6 +3,8 @@
 They are what a run executes: `loop.make_step` of the recipe's own stages.
 """
 
+import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -63,13 +65,16 @@ def read(
     raise UserError(
       '--config: wanted a training config such as configs/cifar10.py'
     )
-  config = ConfigDict(config)
-  source, held_out = config.data.source, config.data.validation
+  config = copy.deepcopy(config)
+  source, folder = config.data.source, config.data.dir
+  held_out = config.data.validation
   with config.unlocked():
     # The images need not be here. Digits always are.
     if source in (*_CIFAR10, 'folder'):
       config.data.source, config.data.dir = 'digits', ''
   run = parse_experiment(config).runs[0]
+  asked = run.config['data'] | {'source': source, 'dir': folder}
+  run = dataclasses.replace(run, config=run.config | {'data': asked})
   if source in _CIFAR10:
     known = Images(50_000, 32, 10)
   elif source == 'digits':
