@@ -5,6 +5,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once. Here it counts as
 often as it runs, so an attack of ten steps is ten times one of its steps.
+Programs of CPUs and TPUs are read; those of GPUs but for what libraries do.
 """
 
 import collections
@@ -16,15 +17,42 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-  """An array's element type, as XLA names it, and its dimensions."""
+  """An array's element type, as XLA names it, its dimensions, its layout.
+
+  Attributes:
+    layout: such as '3,0,2,1:T(8,128)(2,1)S(1)': the dimensions from the minor
+      one on, the tiles that TPUs pad to, and S(1) in a core's vector memory.
+  """
 
   dtype: str
   dims: tuple[int, ...]
+  layout: str = ''
 
   @property
   def nbytes(self) -> int:
+    return self._bytes(self.dims)
+
+  @property
+  def moved(self) -> int:
+    """Bytes of main memory that it takes, padding included."""
+    return 0 if 'S(1)' in self.layout else self.stored
+
+  @property
+  def stored(self) -> int:
+    """Bytes that it takes, padding included, in whatever memory."""
+    order, _, rest = self.layout.partition(':')
+    dims = list(self.dims)
+    tile = re.match(r'T\(([\d,]+)\)', rest)
+    if tile and order:
+      axes = [int(d) for d in order.split(',')]
+      sizes = [int(d) for d in tile[1].split(',')]
+      for axis, size in zip(axes, reversed(sizes), strict=False):
+        dims[axis] = -(-dims[axis] // size) * size
+    return self._bytes(dims)
+
+  def _bytes(self, dims):
     bits = re.search(r'\d+', self.dtype)  # pred and token have none
-    return math.prod(self.dims) * max(int(bits[0]) if bits else 8, 8) // 8
+    return math.prod(dims) * max(int(bits[0]) if bits else 8, 8) // 8
 
 
 class Instruction(NamedTuple):
@@ -34,7 +62,7 @@ class Instruction(NamedTuple):
     name: without the percent sign.
     shapes: of the result; several for a tuple.
     opcode: such as 'convolution'.
-    operands: names; of a parameter, its number.
+    operands: names; of a parameter, its number; of a constant, its value.
     attributes: the rest of the line.
   """
 
@@ -47,6 +75,10 @@ class Instruction(NamedTuple):
   @property
   def nbytes(self) -> int:
     return sum(shape.nbytes for shape in self.shapes)
+
+  @property
+  def moved(self) -> int:
+    return sum(shape.moved for shape in self.shapes)
 
 
 class Program(NamedTuple):
@@ -86,8 +118,10 @@ def _instruction(line):
   return Instruction(
     name=name.removeprefix('%'),
     shapes=tuple(
-      Shape(dtype, tuple(int(d) for d in dims.split(',') if d))
-      for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', types)
+      Shape(dtype, tuple(int(d) for d in dims.split(',') if d), layout)
+      for dtype, dims, layout in re.findall(
+        r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?', types
+      )
     ),
     opcode=opcode,
     operands=_operands(opcode, rest[len(opcode) + 1 : end]),
@@ -96,7 +130,7 @@ def _instruction(line):
 
 
 def _operands(opcode, text):
-  if opcode == 'parameter':
+  if opcode in ('parameter', 'constant'):
     return (text,)
   return tuple(re.findall(r'%([\w.-]+)', text))
 
@@ -120,17 +154,19 @@ class Executed(NamedTuple):
     times: how often one run of the program executes it. A loop whose trip
       count XLA does not know counts once.
     fused: whether it is part of a fusion, whose results stay in registers.
+    looped: whether it is part of a loop.
   """
 
   instruction: Instruction
   scope: dict[str, Instruction]
   times: int
   fused: bool
+  looped: bool
 
 
 def executed(program: Program) -> Iterator[Executed]:
   """All instructions that a run of the program executes."""
-  yield from _walk(program, program.entry, 1, False)
+  yield from _walk(program, program.entry, 1, False, False)
 
 
 _CALLED = re.compile(
@@ -139,28 +175,67 @@ _CALLED = re.compile(
 )
 
 
-def _walk(program, computation, times, fused):
+_TRANSPARENT = ('while', 'call', 'conditional', 'async-start')
+
+
+def _walk(program, computation, times, fused, looped):
   scope = program.computations[computation]
   for instruction in scope.values():
-    yield Executed(instruction, scope, times, fused)
-    inner = times
-    if instruction.opcode == 'while':
-      inner = times * trip_count(instruction)
+    yield Executed(instruction, scope, times, fused, looped)
+    inner, is_loop = times, instruction.opcode == 'while'
+    if is_loop:
+      inner = times * trip_count(program, instruction, scope)
     branches = re.search(
       r'branch_computations=\{(.*?)\}', instruction.attributes
     )
     called = _CALLED.findall(instruction.attributes)
     if branches:
       called += re.findall(r'%?([\w.-]+)', branches[1])
-    inside = fused or instruction.opcode not in ('while', 'call', 'conditional')
+    inside = fused or instruction.opcode not in _TRANSPARENT
     for name in called:
-      yield from _walk(program, name, inner, inside)
+      yield from _walk(program, name, inner, inside, looped or is_loop)
 
 
-def trip_count(loop: Instruction) -> int:
-  """How often the body of a `while` runs, as far as XLA knows; else 1."""
+def trip_count(
+  program: Program, loop: Instruction, scope: dict[str, Instruction]
+) -> int:
+  """How often the body of a `while` runs, as far as XLA knows; else 1.
+
+  TPU programs do not say: there the condition does, if it compares a counter
+  from a constant on, in steps of one as `fori_loop`'s, with another constant.
+  """
   found = re.search(r'"known_trip_count":(\{[^}]*\})', loop.attributes)
-  return int(json.loads(found[1])['n']) if found else 1
+  if found:
+    return int(json.loads(found[1])['n'])
+  called = re.search(r'condition=%?([\w.-]+)', loop.attributes)
+  condition = program.computations.get(called[1], {}) if called else {}
+  compare = [x for x in condition.values() if x.opcode == 'compare']
+  if len(compare) != 1 or 'direction=LT' not in compare[0].attributes:
+    return 1
+  counter, bound = (condition.get(name) for name in compare[0].operands)
+  carried = scope.get(loop.operands[0])
+
+  def start(instruction):
+    """What the loop is entered with, where the condition reads its state."""
+    if instruction is None or instruction.opcode != 'get-tuple-element':
+      return instruction
+    index = re.search(r'index=(\d+)', instruction.attributes)
+    if carried is None or carried.opcode != 'tuple' or index is None:
+      return None
+    return scope.get(carried.operands[int(index[1])])
+
+  first = _constant(start(counter), scope)
+  last = _constant(start(bound), scope)
+  return 1 if first is None or last is None else max(last - first, 0)
+
+
+def _constant(instruction, scope):
+  while instruction is not None and instruction.opcode in ('copy', 'bitcast'):
+    instruction = scope.get(instruction.operands[0])
+  if instruction is None or instruction.opcode != 'constant':
+    return None
+  value = instruction.operands[0]
+  return int(value) if re.fullmatch(r'-?\d+', value) else None
 
 
 def flops(program: Program) -> int:
@@ -173,7 +248,7 @@ def flops(program: Program) -> int:
     ValueError: the program calls a library for some of them, as on GPUs.
   """
   total = 0
-  for instruction, scope, times, _ in executed(program):
+  for instruction, scope, times, *_ in executed(program):
     if instruction.opcode == 'convolution':
       total += times * _convolution_flops(instruction, scope)
     elif instruction.opcode == 'dot':
@@ -229,7 +304,9 @@ def _convolution_flops(convolution, scope):
 # Results of these are no traffic: they name memory, or hold other programs.
 _FREE = frozenset(
   'parameter tuple get-tuple-element bitcast constant while call conditional '
-  'after-all partition-id'.split()
+  'after-all partition-id async-start async-update async-done copy-done '
+  'slice-done all-reduce-done all-gather-done collective-permute-done '
+  'opt-barrier'.split()
 )
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
@@ -238,16 +315,20 @@ def traffic(program: Program) -> int:
   """Bytes that instructions read and write, each fusion as one of them.
 
   What caches save is not subtracted. Slices and gathers read what they take.
+  On TPUs arrays are as large as their tiles make them, and what stays in the
+  vector memory is no traffic.
   """
   total = 0
-  for instruction, scope, times, fused in executed(program):
+  for instruction, scope, times, fused, _ in executed(program):
     if fused or instruction.opcode in _FREE:
       continue
-    written = instruction.nbytes
+    written = sum(shape.moved for shape in _results(instruction))
     if instruction.opcode in _SLICES:
       read = written
+    elif instruction.opcode == 'slice-start':  # from main into vector memory
+      read = sum(shape.stored for shape in _results(instruction))
     elif instruction.opcode == 'dynamic-update-slice':
-      read = written = scope[instruction.operands[1]].nbytes
+      read = written = scope[instruction.operands[1]].moved
     else:
       read = sum(
         _read(program, instruction, i, scope[name])
@@ -262,7 +343,7 @@ def _read(program, instruction, position, operand):
   """Bytes of an operand that an instruction reads."""
   called = _CALLED.search(instruction.attributes)
   if instruction.opcode != 'fusion' or called is None:
-    return operand.nbytes
+    return operand.moved
   inner = program.computations[called[1]].values()
   (parameter,) = (
     i.name
@@ -274,8 +355,25 @@ def _read(program, instruction, position, operand):
     u for u in users if u.opcode in _SLICES and u.operands[0] == parameter
   ]
   if len(slices) < len(users):
-    return operand.nbytes
-  return sum(u.nbytes for u in slices)
+    return operand.moved
+  return sum(u.moved for u in slices)
+
+
+_AFTER_OPERANDS = (
+  'all-gather-start',
+  'collective-permute-start',
+  'slice-start',
+)
+
+
+def _results(instruction):
+  """What an instruction makes; the start of a later one names operands too."""
+  count = len(instruction.operands)
+  if instruction.opcode in _AFTER_OPERANDS:
+    return instruction.shapes[count : 2 * count]
+  if instruction.opcode == 'copy-start':
+    return instruction.shapes[:1]
+  return instruction.shapes
 
 
 COLLECTIVES = (
@@ -294,13 +392,20 @@ class Collective(NamedTuple):
   nbytes: int
 
 
-def collectives(program: Program) -> dict[str, Collective]:
-  """{kind: Collective} of one device, loops multiplied out."""
+def collectives(
+  program: Program, in_loops: bool = False
+) -> dict[str, Collective]:
+  """{kind: Collective} of one device, loops multiplied out.
+
+  Args:
+    program: the program.
+    in_loops: whether to count those in loops alone.
+  """
   counts: dict[str, int] = collections.Counter()
   sizes: dict[str, int] = collections.Counter()
-  for instruction, _, times, _ in executed(program):
+  for instruction, _, times, _, looped in executed(program):
     kind = instruction.opcode.removesuffix('-start')
-    if kind in COLLECTIVES:
+    if kind in COLLECTIVES and looped >= in_loops:
       counts[kind] += times
-      sizes[kind] += times * instruction.nbytes
+      sizes[kind] += times * sum(x.nbytes for x in _results(instruction))
   return {kind: Collective(counts[kind], sizes[kind]) for kind in counts}

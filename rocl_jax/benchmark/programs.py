@@ -232,24 +232,10 @@ def training_step(bench: Bench, stage: str, settings: Training) -> Compiled:
   first = loop.first_state(built, optimizer, step, (data, order, key))
   state = jax.jit(first, out_shardings=everywhere)(bench.variables, key)
   jitted = compiled.jit(step, donate_argnums=0)
-  needed = _step_work(bench, stage, settings)
+  needed = work.step(
+    stage, settings, cell.model, cell.image_size, cell.num_classes
+  )
   return _compile(jitted, (state, data, order, key), needed, carry=True)
-
-
-def _step_work(bench, stage, settings):
-  count, steps = _forward(bench), bench.cell.steps
-  if stage == 'pretrain':
-    network = count.encoder + count.projector
-    passes = 5  # {adversary, view 2}, {view 1, view 2, adversary}
-    attack = network + work.attack(network, steps)
-  else:
-    network = count.encoder + count.head
-    passes, attack = 2, work.attack(network, steps)
-    if settings.loss == 'trades':
-      attack += network  # the clean logits
-    if settings.loss == 'natural':
-      passes, attack = 1, 0
-  return attack + passes * work.training_pass(network, count.stem)
 
 
 def network_masks(bench: Bench, keep: float) -> Compiled:

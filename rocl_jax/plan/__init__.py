@@ -1,0 +1,1 @@
+"""What a training step takes on accelerators that are not there."""

@@ -1,0 +1,155 @@
+r"""Says what training would take on accelerators that are not there.
+
+  python -m rocl_jax.plan --config=configs/cifar10.py --topology=v5e-256
+  python -m rocl_jax.plan --config=configs/cifar10.py --compare=v4-8,v6e-8
+
+Compiles the training step of every stage ahead of time for a TPU slice, on any
+machine: memory, FLOPs, collectives, and from them a lower bound of time. For
+GPUs the same by arithmetic. Images and weights are not needed.
+
+--config=FILE        as for train.py; --config.FIELD=VALUE overrides fields,
+                     such as --config.supervised.batch_size=1024
+--topology=NAME      v5e-16 or v5e:4x4; v4-8 (it counts TensorCores, two a
+                     chip, as v2, v3 and v5p do), v6e-8; h100x8, a100x4, l4
+--compare=NAME,...   several side by side
+--stages=NAME,...    these alone; all of the config's if not given
+--images=N --image_size=S --classes=K
+                     of the training set, where the config's source does not
+                     tell without its files
+--nolargest_batch    compile once a stage: no estimate of the largest batch
+--effort=-1          XLA's effort, -1 to 1: -1 compiles three times as fast,
+                     and 0, the default, what a run runs
+--output=FOLDER      writes plan.md and plan.json, too
+
+TPUs need libtpu: pip install -e '.[tpu]'.
+"""
+
+import os
+import shlex
+import sys
+
+from absl import flags
+from etils import epath
+
+from rocl_jax import command
+from rocl_jax.errors import UserError
+from rocl_jax.settings import FieldError, at_least, one_of, within
+
+
+def main(_: list[str]) -> None:
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # what is here does not matter
+  from rocl_jax.plan import chips
+
+  given = flags.FLAGS
+  names = [('--topology', n) for n in [given.topology] if n]
+  names += [('--compare', n) for n in given.compare]
+  if not names:
+    raise UserError('--topology: missing (--help says more)')
+  slices = [chips.slice_of(name, flag) for flag, name in names]
+  _check_numbers(given)
+
+  from rocl_jax.plan import compile as ahead
+  from rocl_jax.plan import output, steps
+
+  run, images = steps.read(
+    given.config, given.images, given.image_size, given.classes
+  )
+  stages = list(steps.plan(run, images))
+  if given.stages:
+    for name in given.stages:
+      _check(one_of, '--stages', name, [s.name for s in stages])
+    stages = [s for s in stages if s.name in given.stages]
+  for where in slices:
+    for stage in stages:
+      steps.check(stage, where.devices)
+  if any(where.layout for where in slices):
+    ahead.check_installed()
+
+  asked = shlex.join(['python', '-m', 'rocl_jax.plan', *sys.argv[1:]])
+  planned, path = [], None
+  for where in slices:
+    planned.append((where, _plan(where, stages)))
+    text = _text(asked, run.model, images, planned)
+    if given.output:
+      folder = epath.Path(given.output).expanduser().resolve()
+      path = output.write(folder, text, planned, asked, run.config)
+  print('\n'.join(text))
+  if path:
+    print(f'\nWritten: {path}, and the numbers as JSON beside it')
+
+
+def _text(asked, m, images, planned):
+  from rocl_jax.plan import output
+
+  text = ['# Plan', '', f'`{asked}`', '']
+  text += [
+    f'{m.name}, width {m.width}, {m.dtype}; {images.number:,} images of '
+    f'{images.size}×{images.size}, {images.classes} classes. '
+    + ', '.join(f'{k} {v}' for k, v in output.versions().items())
+    + '.',
+    '',
+  ]
+  for where, rows in planned:
+    text += [f'## {where.name}', '', output.heading(where, m.dtype), '']
+    text += [*output.tables(where, rows), '']
+  if len(planned) > 1:
+    text += ['## Side by side', '', *output.comparison(planned), '']
+  return text + output.notes(planned, flags.FLAGS.effort)
+
+
+def _plan(where, stages):
+  from rocl_jax.plan import arithmetic, estimate, output
+  from rocl_jax.plan import compile as ahead
+  from rocl_jax.progress import say
+
+  devices = ahead.mesh(where) if where.layout else None
+
+  def step(stage, batch, effort):
+    if devices is None:
+      return arithmetic.step(stage, batch, where.devices)
+    say(f'{where.name}/{stage.name}: compiling for a batch of {batch:,}')
+    made = ahead.step(stage, batch, devices, effort)
+    done = made.refused or f'{made.compile_seconds:.0f} s'
+    say(f'{where.name}/{stage.name}: {done}')
+    return made
+
+  rows = []
+  for stage in stages:
+    batch, count = stage.settings.batch_size, stage.images.number
+    one, two, largest = step(stage, batch, flags.FLAGS.effort), None, None
+    other = estimate.second_batch(batch, where.devices, count)
+    if flags.FLAGS.largest_batch and other and not one.refused:
+      two = step(stage, other, -1.0)  # its memory is all we want to know
+      largest = estimate.largest_batch(one, two, where, count)
+    rows.append(output.row(stage, one, two, largest, where))
+  return rows
+
+
+def _check_numbers(given):
+  for name in ('images', 'image_size', 'classes'):
+    _check(at_least, f'--{name}', given[name].value, 0)
+  _check(within, '--effort', given.effort, -1, 1)
+
+
+def _check(rule, *arguments):
+  try:
+    rule(*arguments)
+  except FieldError as e:
+    raise UserError(str(e)) from None
+
+
+if __name__ == '__main__':
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # JAX asks as soon as it is imported
+  command.define_config()
+  flags.DEFINE_string('topology', '', 'A slice, such as v5e-16.')
+  flags.DEFINE_list('compare', [], 'Several slices.')
+  flags.DEFINE_list('stages', [], 'Stages to plan, if not all.')
+  flags.DEFINE_integer('images', 0, 'Training images.')
+  flags.DEFINE_integer('image_size', 0, 'Their height and width.')
+  flags.DEFINE_integer('classes', 0, 'Their classes.')
+  flags.DEFINE_bool('largest_batch', True, 'Compile a second batch.')
+  flags.DEFINE_float('effort', 0.0, "XLA's effort.")
+  flags.DEFINE_string('output', '', 'Folder of what is written.')
+  command.run(main, usage=__doc__ or '', required=('config',))

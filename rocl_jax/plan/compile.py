@@ -1,0 +1,134 @@
+"""Compiles a step for TPUs that are not there, and reads what it will do."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from rocl_jax import hlo
+from rocl_jax.benchmark import work
+from rocl_jax.errors import UserError, one_line
+from rocl_jax.plan import steps
+from rocl_jax.plan.chips import Slice
+from rocl_jax.plan.estimate import Memory, Step
+
+# XLA's own name; -1 is its quickest compilation.
+_EFFORT = 'exec_time_optimization_effort'
+
+
+def check_installed() -> None:
+  """Raises UserError without the extra that brings the compiler."""
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+      '--topology: TPU programs are compiled by libtpu, which is not '
+      "installed: pip install -e '.[tpu]'"
+    )
+
+
+def mesh(where: Slice) -> Mesh:
+  """The devices of a slice, in a mesh with the one axis `data`."""
+  options: dict[str, Any] = {}
+  if where.kind == 'v4':  # both cores of a chip as one device, as on real ones
+    options['chip_config_name'] = 'megacore'
+  if where.chips == 1:
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  with _quiet():
+    topology = topologies.get_topology_desc(
+      platform='tpu', topology_name=f'{where.kind}:{where.layout}', **options
+    )
+  return Mesh(np.array(topology.devices), ('data',))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps libtpu from telling that it finds no TPU: that is the point."""
+  names = {
+    'TPU_SKIP_MDS_QUERY': '1',  # do not ask the cloud which machine this is
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it owns no chip that two could want
+    'TPU_STDERR_LOG_LEVEL': '3',
+    'TPU_MIN_LOG_LEVEL': '3',
+  }
+  before = {name: os.environ.get(name) for name in names}
+  os.environ.update(names)
+  stderr = os.dup(2)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.close(nowhere)
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
+
+
+def step(
+  planned: steps.Planned, batch_size: int, devices: Mesh, effort: float
+) -> Step:
+  """Compiles a stage's step and reads what it takes on each device.
+
+  A program that does not fit has neither counts nor memory, but a `refused`.
+  """
+  began = time.perf_counter()
+  jitted, arguments = steps.program(planned, batch_size, devices)
+  lowered = jitted.lower(*arguments)
+  hand = batch_size * work.step(
+    planned.name,
+    planned.settings,
+    planned.model,
+    planned.images.size,
+    planned.images.classes,
+  )
+  about = Step(
+    stage=planned.name,
+    batch=batch_size,
+    devices=devices.size,
+    hand_flops=hand / devices.size,
+  )
+  try:
+    with _quiet():
+      compiled = _compile(lowered, effort)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    found = re.search(r'Ran out of memory[^\n]*', str(e))
+    return about._replace(refused=found[0] if found else one_line(e))
+  seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+  program = hlo.parse(compiled.as_text())
+  return about._replace(
+    compile_seconds=seconds,
+    memory=Memory(
+      arguments=memory.argument_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      code=memory.generated_code_size_in_bytes,
+    ),
+    flops=hlo.flops(program),
+    traffic=hlo.traffic(program),
+    collectives=hlo.collectives(program),
+    in_attack=hlo.collectives(program, in_loops=True),
+  )
+
+
+def _compile(lowered, effort):
+  if not effort:
+    return lowered.compile()
+  try:
+    return lowered.compile(compiler_options={_EFFORT: effort})
+  except jax.errors.JaxRuntimeError as e:
+    if _EFFORT not in str(e):
+      raise
+    return lowered.compile()  # a version that does not know the option
