@@ -136,7 +136,7 @@ def program(
     array((steps, batch_size), jnp.int32),
     _key(),
   )
-  step = loop.make_step(planned.stage, optimizer, where)
+  step = loop.make_step(planned.stage, optimizer, where, settings.microbatch)
   first = loop.first_state(planned.stage, optimizer, step, rest)
   state = jax.eval_shape(first, planned.upstream, _key())
   arguments = jax.tree.map(
