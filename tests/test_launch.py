@@ -11,14 +11,20 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 
+import jsonschema
+import kubernetes_validate
 import numpy as np
+import packaging.requirements
+import packaging.utils
 import pytest
 import yaml
 from etils import epath
@@ -34,8 +40,8 @@ SMALL = [
   '--config.model.width=4',
   '--config.stages=supervised,',
   '--config.compare=',
-  '--config.save_steps=5',
-  '--config.supervised.total_epochs=4',
+  '--config.save_steps=3',
+  '--config.supervised.total_epochs=2',
   '--config.supervised.batch_size=100',
   '--config.supervised.loss=natural',
   '--config.eval.examples=20',
@@ -100,7 +106,7 @@ def environment(tmp_path, cache):
 def launch(environment):
   """Calls a launcher; (exit status, output, errors)."""
 
-  def call(name, *arguments, root=ROOT, timeout=200, **more):
+  def call(name, *arguments, root=ROOT, timeout=400, **more):
     done = subprocess.run(
       [sys.executable, str(root / 'launch' / name), *map(str, arguments)],
       env=environment | more,
@@ -126,7 +132,7 @@ def calls(tmp_path):
   return read
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=300):
   deadline = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < deadline, 'it did not happen'
@@ -343,6 +349,17 @@ def preempt(environment, *more):
   )
 
 
+def test_slices_are_told_of_each_other(launch):
+  command = ['run', *TPU, *QUICK, '--yes', '--slices=2', '--settle=0.2', '--']
+  status, out, errors = launch(
+    'tpu', *command, '--workdir=W', FAKE_TRAIN='0', FAKE_WORKERS='1'
+  )
+  assert status == 0, errors
+  for line in ('NUM_SLICES=2', 'SLICE_ID=0', 'SLICE_ID=1'):
+    assert f'MEGASCALE_{line}\n' in out
+  assert out.count('training') == 2
+
+
 def run_and_preempt(environment, command, ready, times=1, more=()):
   """Runs a launcher, and preempts its slice when the condition holds."""
   running = subprocess.Popen(
@@ -358,7 +375,7 @@ def run_and_preempt(environment, command, ready, times=1, more=()):
     for _ in range(times):
       wait_until(ready)
       preempt(environment, *more)
-    out, errors = running.communicate(timeout=200)
+    out, errors = running.communicate(timeout=400)
   finally:
     running.kill()
   return running.returncode, out, errors
@@ -428,7 +445,7 @@ def uninterrupted(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp('runs') / 'straight'
   done = local(cache, workdir, 2)
   assert done.returncode == 0, done.stderr
-  assert 'epoch 4/4' in done.stderr and 'report.md' in done.stdout
+  assert 'epoch 2/2' in done.stderr and 'report.md' in done.stdout
   return workdir
 
 
@@ -482,11 +499,11 @@ def test_a_preempted_slice_is_recreated_and_the_run_goes_on(
   command = [*TPU, *QUICK, '--yes', '--teardown=delete', '--']
   command += [*SMALL, f'--workdir={workdir}']
   status, out, errors = run_and_preempt(
-    environment, command, lambda: saved(workdir, 10)
+    environment, command, lambda: saved(workdir, 6)
   )
   assert status == 0, out + errors
   (line,) = resumed(out + errors)
-  assert int(line.split('resumed at step ')[1].split()[0]) >= 10
+  assert int(line.split('resumed at step ')[1].split()[0]) >= 6
   assert 't was preempted: recreating it, 1 of 20' in errors
   ours = [v for v in verbs(calls()) if v != 'describe']
   once = ['create', 'scp', 'ssh', 'ssh']  # copy, set up, train
@@ -494,6 +511,7 @@ def test_a_preempted_slice_is_recreated_and_the_run_goes_on(
   assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_slices_train_as_one(launch, environment, tmp_path, uninterrupted):
   """Two slices of one worker are what one slice of two is."""
   workdir = tmp_path / 'w'
@@ -524,6 +542,7 @@ def job_of(tmp_path, job):
   return json.loads((tmp_path / 'cloud' / 'jobs' / f'{job}.json').read_text())
 
 
+@pytest.mark.slow
 def test_a_job_at_its_time_limit_is_requeued_and_goes_on(
   launch, calls, environment, checkout, tmp_path, uninterrupted
 ):
@@ -541,7 +560,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_goes_on(
   standin = [sys.executable, HERE / 'fake_slurm.py']
   log = checkout / 'runs' / 'slurm' / f'{job}.log'
   try:
-    wait_until(lambda: saved(workdir, 10))
+    wait_until(lambda: saved(workdir, 6))
     status, out, _ = launch('slurm', 'status', f'--job={job}', root=checkout)
     assert status == 0 and f'{job} RUNNING' in out
     subprocess.run([*standin, 'limit', job], env=environment, check=True)
@@ -562,12 +581,13 @@ def test_a_job_at_its_time_limit_is_requeued_and_goes_on(
     ('2', None, 2, 0),
     ('wait', 'stop', 143, 0),
     ('wait 0', 'fail', 0, 1),
+    ('wait 0', 'limit', 0, 1),
   ],
 )
 def test_what_ends_a_job(
   launch, checkout, environment, tmp_path, train, end, wanted, restarts
 ):
-  """A mistake, `stop`, and the failure of a node, after which it goes on."""
+  """A mistake, `stop`; a node's failure or the time limit do not end it."""
   launch('slurm', 'setup', '--environment=cpu', root=checkout)
   command = ['slurm', 'run', '--gpus_per_node=2', '--', *HARD]
   _, out, errors = launch(*command, root=checkout, FAKE_TRAIN=train)
@@ -578,9 +598,9 @@ def test_what_ends_a_job(
   wait_until(lambda: len(started.read_text().splitlines()) >= 2, 20)
   if end == 'stop':
     assert launch('slurm', 'stop', f'--job={job}', root=checkout)[0] == 0
-  elif end == 'fail':
+  elif end:
     subprocess.run(
-      [sys.executable, HERE / 'fake_slurm.py', 'fail', job],
+      [sys.executable, HERE / 'fake_slurm.py', end, job],
       env=environment,
       check=True,
     )
@@ -631,7 +651,8 @@ def test_local_processes_end_together(tmp_path, what, wanted):
 import importlib.machinery, importlib.util, sys
 sys.path.insert(0, {str(ROOT / 'launch')!r})
 loader = importlib.machinery.SourceFileLoader('l', 'launch/local')
-local = importlib.util.module_from_spec(importlib.util.spec_from_loader('l', loader))
+spec = importlib.util.spec_from_loader('l', loader)
+local = importlib.util.module_from_spec(spec)
 loader.exec_module(local)
 local.PATIENCE = 1
 commands = [[sys.executable, '-c', {LOCAL!r}, {what!r}, str(i)] for i in (0, 1)]
@@ -693,8 +714,120 @@ def test_local_processes_train_the_quickstart(cache, tmp_path, count):
 
 # Kubernetes, the container, the locks.
 
+MANIFESTS = [
+  pytest.param(document, id=f'{path.stem}-{document["kind"]}')
+  for path in sorted((ROOT / 'launch/k8s').glob('*.yaml'))
+  for document in yaml.safe_load_all(path.read_text())
+]
 
-def documents():
-  for path in sorted((ROOT / 'launch/k8s').glob('*.yaml')):
-    for document in yaml.safe_load_all(path.read_text()):
-      yield path.name, document
+
+def job_within(document):
+  """What Kubernetes itself will see, of a JobSet the jobs that it makes."""
+  if document['kind'] != 'JobSet':
+    return document
+  schema = json.loads((HERE / 'jobset.schema.json').read_text())
+  jsonschema.validate(document, schema)
+  (replicated,) = document['spec']['replicatedJobs']
+  spec = replicated['template']['spec']
+  meta = {'name': f'{document["metadata"]["name"]}-{replicated["name"]}-0'}
+  return {
+    'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': meta, 'spec': spec
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('document', MANIFESTS)
+def test_manifests_are_what_kubernetes_takes(document):
+  kubernetes_validate.validate(job_within(document), '1.32', strict=True)
+
+
+def test_a_wrong_manifest_is_refused():
+  """The schemas are not so wide that anything passes."""
+  (document,) = [m.values[0] for m in MANIFESTS if 'JobSet' in m.id]
+  wrong = json.loads(json.dumps(document))
+  wrong['spec']['replicatedJobs'][0]['replica'] = 2
+  with pytest.raises(jsonschema.ValidationError):
+    job_within(wrong)
+  wrong = json.loads(json.dumps(document))
+  job = wrong['spec']['replicatedJobs'][0]['template']['spec']
+  job['template']['spec']['restart'] = 'Never'
+  with pytest.raises(kubernetes_validate.ValidationError):
+    kubernetes_validate.validate(job_within(wrong), '1.32', strict=True)
+
+
+def jobs():
+  for parameter in MANIFESTS:
+    document = parameter.values[0]
+    if document['kind'] in ('Job', 'JobSet'):
+      yield document['kind'], job_within(document)['spec']
+
+
+def test_pods_have_time_to_save_and_mistakes_are_not_tried_again():
+  found = dict(jobs())
+  assert set(found) == {'Job', 'JobSet'}
+  for spec in found.values():
+    pod = spec['template']['spec']
+    assert spec['completionMode'] == 'Indexed'
+    assert spec['completions'] == spec['parallelism'] > 1
+    assert pod['terminationGracePeriodSeconds'] >= 30
+    assert pod['restartPolicy'] == 'Never'  # what podFailurePolicy needs
+    codes = [
+      rule['onExitCodes']['values']
+      for rule in spec['podFailurePolicy']['rules']
+      if rule['action'] == 'FailJob'
+    ]
+    assert codes == [[2]]
+    (container,) = pod['containers']
+    assert container['command'] == ['python', 'train.py']
+
+
+def test_pods_find_each_other():
+  """The variables of the job, as its pods will see them."""
+  from rocl_jax import cluster
+
+  documents = [m.values[0] for m in MANIFESTS]
+  (service,) = [d for d in documents if d['kind'] == 'Service']
+  (job,) = [d for d in documents if d['kind'] == 'Job']
+  pod = job['spec']['template']
+  assert service['spec']['clusterIP'] == 'None'
+  assert service['spec']['publishNotReadyAddresses'] is True
+  assert pod['spec']['subdomain'] == service['metadata']['name']
+  labels = {'batch.kubernetes.io/job-name': job['metadata']['name']}
+  assert service['spec']['selector'] == labels
+  variables = {e['name']: e for e in pod['spec']['containers'][0]['env']}
+  field = variables['JAX_PROCESS_ID']['valueFrom']['fieldRef']['fieldPath']
+  index = 'batch.kubernetes.io/job-completion-index'
+  assert field == f"metadata.annotations['{index}']"
+  values = {k: v.get('value', '3') for k, v in variables.items()}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in values.items():
+      patch.setenv(name, value)
+    member = cluster.find('', 0, 0)
+  first = f'{job["metadata"]["name"]}-0.{service["metadata"]["name"]}'
+  assert member.address == f'{first}:8476'
+  assert (member.count, member.index) == (job['spec']['completions'], 3)
+
+
+@pytest.mark.parametrize('name', ['cpu', 'cuda', 'tpu'])
+def test_locks_hold_what_the_project_needs(name):
+  """Every requirement of pyproject.toml, in a version that it allows."""
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  wanted = project['dependencies'] + project['optional-dependencies'].get(
+    name, []
+  )
+  lock = (ROOT / f'launch/locks/requirements-{name}.txt').read_text()
+  locked = dict(re.findall(r'^([\w.-]+)==(\S+)', lock, re.M))
+  for text in wanted:
+    requirement = packaging.requirements.Requirement(text)
+    found = locked[packaging.utils.canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(found), text
+  assert lock.count('--hash=sha256:') >= len(locked)
+  assert 'uv pip compile --python-version 3.11' in lock
+  assert {'cuda': 'nvidia-nccl-cu13', 'tpu': 'libtpu'}.get(
+    name, 'jax'
+  ) in locked
+
+
+def test_the_container_is_made_of_the_locks():
+  text = (ROOT / 'launch/Containerfile').read_text()
+  assert 'launch/locks/requirements-${ENVIRONMENT}.txt' in text
+  assert '--require-hashes' in text and 'python:3.11' in text
