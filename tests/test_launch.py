@@ -402,6 +402,23 @@ def test_retries_have_a_limit(environment, calls, tmp_path, more):
   assert verbs(calls()).count('create') == 2
 
 
+def test_an_outage_of_gcloud_is_no_preemption(launch, calls):
+  command = ['run', *TPU, *QUICK, '--yes', '--settle=0.5', '--', '--workdir=W']
+  status, _, errors = launch('tpu', *command, FAKE_TRAIN='3', FAKE_OUTAGE='1')
+  assert status == 3 and 't is still there: exit status 3' in errors
+  assert verbs(calls()).count('create') == 1
+
+
+def test_a_leftover_is_not_recreated_without_a_question(
+  launch, environment, calls
+):
+  assert launch('tpu', 'create', *TPU, *QUICK, '--yes')[0] == 0
+  preempt(environment)
+  status, _, errors = launch('tpu', 'run', *TPU, *QUICK, '--', '--workdir=W')
+  assert status == 2 and '--yes: missing; nobody can be asked' in errors
+  assert verbs(calls()).count('create') == 1
+
+
 def test_a_slice_that_never_comes(launch):
   status, _, errors = launch(
     'tpu', 'create', *TPU, *QUICK, '--yes', FAKE_FIRST_STATE='FAILED'

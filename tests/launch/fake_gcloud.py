@@ -122,15 +122,20 @@ def create(name, flags):
   )
 
 
+def describe_node(name):
+  resource = read(name) or read(name.rpartition('-')[0])
+  if not resource:
+    fail(f'NOT_FOUND: Resource {name} was not found')
+  alive = resource['state'] == 'ACTIVE' and not resource.get('looks_alive')
+  print('READY' if alive else 'PREEMPTED')
+
+
 def describe(name):
   resource = read(name)
   if not resource:
     fail(f'NOT_FOUND: Resource {name} was not found')
   print(resource['state'])
-  if resource.pop('looks_alive', 0):  # gone, but not known to be
-    resource['state'] = 'SUSPENDING'
-    write(name, resource)
-  elif resource['state'] in NEXT:
+  if resource['state'] in NEXT:
     resource['state'] = NEXT[resource['state']]
     write(name, resource if resource['state'] else None)
 
@@ -251,10 +256,13 @@ def main():
     return preempt(arguments[1], '--look_alive' in arguments)
   with (CLOUD / 'calls').open('a') as file:
     file.write(shlex.join(arguments) + '\n')
+  if os.environ.get('FAKE_OUTAGE') and 'describe' in arguments:
+    looks = (CLOUD / 'calls').read_text().count('describe')
+    if looks % 2:  # every other time
+      fail('Could not reach the server')
   if arguments[:4] == ['compute', 'tpus', 'tpu-vm', 'describe']:
     positional, _ = parse('describe', arguments[4:])
-    resource = read(positional[0].rpartition('-')[0]) or read(positional[0])
-    return print('READY' if resource['state'] == 'ACTIVE' else 'PREEMPTED')
+    return describe_node(positional[0])
   if arguments[:3] != ['compute', 'tpus', 'queued-resources']:
     fail(f'this fake does not know: {shlex.join(arguments)}')
   verb = arguments[3]
