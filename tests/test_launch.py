@@ -6,6 +6,7 @@ dry runs of tests/launch/golden are commands and what they must print;
 `ROCL_WRITE_GOLDEN=1 pytest tests/test_launch.py -k golden` writes them anew.
 """
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -91,7 +92,7 @@ def environment(tmp_path, cache):
     (tmp_path / name).mkdir()
   unset = ('XLA_FLAGS', 'FAKE_TRAIN', 'SSH_AUTH_SOCK')
   kept = {k: v for k, v in os.environ.items() if k not in unset}
-  return kept | {
+  yield kept | {
     'PATH': f'{folder}{os.pathsep}{os.environ["PATH"]}',
     'HOME': str(tmp_path / 'home'),
     'FAKE_CLOUD': str(tmp_path / 'cloud'),
@@ -100,6 +101,11 @@ def environment(tmp_path, cache):
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
     'JAX_PLATFORMS': 'cpu',
   }
+  mark = f'FAKE_CLOUD={tmp_path / "cloud"}'.encode()
+  for process in pathlib.Path('/proc').glob('[0-9]*'):  # what a failure left
+    with contextlib.suppress(OSError):
+      if mark in (process / 'environ').read_bytes().split(b'\0'):
+        os.kill(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture
