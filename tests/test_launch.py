@@ -347,6 +347,37 @@ def test_what_ends_a_run(launch, calls, train, wanted, creations):
   assert 't is deleted' in errors
 
 
+@pytest.mark.parametrize(
+  'answers, wanted, done',
+  [
+    ('n\n', 2, []),
+    ('y\nn\n', 0, ['create']),
+    ('y\ny\n', 0, ['create', 'delete']),
+  ],
+)
+def test_one_at_a_terminal_is_asked(environment, calls, answers, wanted, done):
+  """Before creating, with the cost; and at the end before deleting."""
+  ours, theirs = os.openpty()
+  os.write(ours, answers.encode())
+  command = [sys.executable, ROOT / 'launch/tpu', 'run', *TPU, *QUICK]
+  ended = subprocess.run(
+    [*command, '--', '--workdir=W'],
+    env=environment | {'FAKE_TRAIN': '0'},
+    stdin=theirs,
+    capture_output=True,
+    text=True,
+  )
+  os.close(ours)
+  os.close(theirs)
+  assert ended.returncode == wanted, ended.stderr
+  cost, question = ended.stderr.splitlines()[:2]
+  assert '8 chip-hours an hour until deleted' in cost
+  assert question.startswith('Create t, and again at most 20 times? [y/N]')
+  assert [v for v in verbs(calls()) if v in ('create', 'delete')] == done
+  if done:
+    assert 'Delete t, with all that lies on its own disks' in ended.stderr
+
+
 def preempt(environment, *more):
   subprocess.run(
     [sys.executable, HERE / 'fake_gcloud.py', 'preempt', 't', *more],
