@@ -98,7 +98,7 @@ def environment(tmp_path, cache):
     'FAKE_CLOUD': str(tmp_path / 'cloud'),
     'ROCL_JAX_REST': '0',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PLATFORMS': 'cpu',
   }
   mark = f'FAKE_CLOUD={tmp_path / "cloud"}'.encode()
@@ -518,7 +518,7 @@ def plain(cache):
   kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return kept | {
     'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PLATFORMS': 'cpu',
   }
 
