@@ -682,6 +682,28 @@ def test_two_local_processes_match_one(cache, tmp_path, uninterrupted):
   assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
+def test_four_local_processes_match_one(cache, tmp_path):
+  """To rounding: four terms are not added in the same order."""
+  several, one = tmp_path / 'several', tmp_path / 'one'
+  done = local(cache, several, 4)
+  assert done.returncode == 0, done.stderr
+  four = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  done = subprocess.run(
+    [sys.executable, 'train.py', *SMALL, f'--workdir={one}'],
+    cwd=ROOT,
+    env=plain(cache) | four,
+    capture_output=True,
+    text=True,
+    preexec_fn=every_core,
+  )
+  assert done.returncode == 0, done.stderr
+  a, b = weights(several), weights(one)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], atol=2e-3, err_msg=name)
+
+
 LOCAL = """
 import signal, sys, time
 what, number = sys.argv[1], int(sys.argv[2])
