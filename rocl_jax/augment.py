@@ -124,10 +124,12 @@ def rotate_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
   value, low = image.max(-1), image.min(-1)
   chroma = value - low
   safe = jnp.where(chroma > 0, chroma, 1)
+  # Not value == r: a compiler may compute r twice, and round it differently.
+  # Where two channels tie, both branches agree.
   sector = jnp.where(
-    value == r,
+    (r >= g) & (r >= b),
     (g - b) / safe,
-    jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe),
+    jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe),
   )
   hue = jnp.where(chroma > 0, sector / 6, 0) + turn
 

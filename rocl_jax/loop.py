@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax import lax
 from jax.sharding import Mesh
 
 from rocl_jax import (
@@ -52,9 +53,18 @@ class Seen(NamedTuple):
 
 
 def make_step(
-  stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh
+  stage: Stage,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  microbatch: int = 0,
 ) -> Callable[..., tuple[TrainState, Seen]]:
   """One update: attack and loss are the stage's; this differentiates, applies.
+
+  Args:
+    stage: the four functions.
+    optimizer: of `trainable`.
+    mesh: the devices.
+    microbatch: see `training.Training`.
 
   Returns:
     (state, data, order, key) -> (state, Seen), to be jitted with the state
@@ -66,17 +76,22 @@ def make_step(
   def step(state: TrainState, data: Batch, order: jax.Array, key: jax.Array):
     steps_per_epoch = order.shape[0]
     index = state.step % steps_per_epoch
-    rows = order[index]
-    batch = Batch(*(split(x[rows], mesh) for x in data))
     key = jax.random.fold_in(key, state.step)
     trainable, frozen, batch_stats = state.trained
+    # Once a step: the attack reuses them, and so do all parts of the batch.
+    params, to_trainable = jax.vjp(
+      lambda trainable: stage.weights(trainable, frozen), trainable
+    )
 
-    def objective(trainable):
-      params = stage.weights(trainable, frozen)  # once: the attack reuses it
-      return stage.loss(params, batch_stats, batch, key)
+    def part(rows, key):
+      batch = Batch(*(split(x[rows], mesh) for x in data))
+      objective = lambda params: stage.loss(params, batch_stats, batch, key)
+      return jax.value_and_grad(objective, has_aux=True)(params)
 
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
-    (loss, (batch_stats, values)), grads = value_and_grad(trainable)
+    (loss, (batch_stats, values)), grads = _mean_over_parts(
+      part, order[index], key, microbatch
+    )
+    (grads,) = to_trainable(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
 
@@ -110,6 +125,27 @@ def make_step(
     return new, Seen(loss, skips.in_row)
 
   return step
+
+
+def _mean_over_parts(part, rows, key, size):
+  """part(rows, key), or the mean of it over parts of `size` rows each.
+
+  All that it gives back is a mean over images, or linear in such.
+  """
+  if not size or size == len(rows):
+    return part(rows, key)
+  count = len(rows) // size
+  rows = rows.reshape(count, size)
+  keys = jax.random.split(key, count)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, rows[0], key)
+  )
+
+  def add(total, one):
+    return jax.tree.map(jnp.add, total, part(*one)), None
+
+  total, _ = lax.scan(add, zeros, (rows, keys))
+  return jax.tree.map(lambda x: x / count, total)
 
 
 def first_state(
@@ -227,7 +263,7 @@ def run_stage(run: StageRun) -> Variables:
     lambda key, epoch: epoch_order(key, epoch, n, batch_size),
     out_shardings=everywhere,
   )
-  step = make_step(run.stage, optimizer, run.mesh)
+  step = make_step(run.stage, optimizer, run.mesh, run.settings.microbatch)
   train_step = compiled.jit(step, donate_argnums=0, out_shardings=everywhere)
   finish = jax.jit(
     lambda state: run.stage.finish(state.trained), out_shardings=everywhere

@@ -4,7 +4,7 @@ Every loss returns [N] and is minimised in training; an attack maximises the
 same function of its images. The caller takes the mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -87,18 +87,35 @@ def nt_xent(
   Returns:
     [N]; the mean is the published loss, twice a per-pair mean for V = 3.
   """
-  count, n = len(views), views[0].shape[0]
-  exps, total = _similarities(views, temperature, detach_keys)
-  exps = exps.reshape(count, n, count, n)
-  total = total.reshape(count, n)
-  loss = jnp.zeros(n)
-  for anchor in range(count):
-    for key in range(count):
-      if anchor != key:
-        positive = jnp.diagonal(exps[anchor, :, key])
-        ratio = positive / (total[anchor] + _GUARD)
-        loss = loss - jnp.log(ratio + _GUARD)
-  return loss / count
+  positives, total = _similarities(views, temperature, detach_keys)
+  loss = jnp.zeros(())
+  for (anchor, _), positive in positives.items():
+    ratio = positive / (total[anchor] + _GUARD)
+    loss = loss - jnp.log(ratio + _GUARD)
+  return loss / len(views)
+
+
+def apart(
+  loss: Callable[..., jax.Array], groups: int
+) -> Callable[..., jax.Array]:
+  """`nt_xent` or `nt_xent_eq3` with the other images of the group alone as
+  negatives.
+
+  Args:
+    loss: (views, *rest) -> [N].
+    groups: equal parts of the batch, each of neighbours; 0 for no such parts.
+
+  Returns:
+    The same of the whole batch, [N].
+  """
+  if not groups:
+    return loss
+
+  def of_groups(views, *rest):
+    parts = [view.reshape(groups, -1, view.shape[-1]) for view in views]
+    return jax.vmap(lambda *part: loss(part, *rest))(*parts).reshape(-1)
+
+  return of_groups
 
 
 def nt_xent_eq3(
@@ -106,23 +123,42 @@ def nt_xent_eq3(
 ) -> jax.Array:
   """The paper's Eq. 3: the first view is the only anchor, and the logarithm
   is taken once, of the summed positives. Arguments as `nt_xent`; [N]."""
-  count, n = len(views), views[0].shape[0]
-  exps, total = _similarities(views, temperature, detach_keys)
-  exps = exps.reshape(count, n, count, n)
-  positives = sum(jnp.diagonal(exps[0, :, key]) for key in range(1, count))
-  return -jnp.log(positives / (total[:n] + _GUARD) + _GUARD)
+  positives, total = _similarities(views, temperature, detach_keys)
+  positive = sum(x for (anchor, _), x in positives.items() if anchor == 0)
+  return -jnp.log(positive / (total[0] + _GUARD) + _GUARD)
 
 
 def _similarities(views, temperature, detach_keys):
-  """exp(cosine / temperature) of all pairs, own pair 0, and the row sums."""
-  z = jnp.concatenate(views)
+  """exp(cosine / temperature), summed and singled out.
+
+  View by view, each with a product of its own: one long batch of all views
+  would not lie where its images do, and devices had to exchange them. So the
+  embeddings of each view are gathered once, as keys, and nothing else moves.
+
+  Returns:
+    {(anchor, key): [N]} of each ordered pair of views, instance by instance;
+    and for each view [N], the sum over all embeddings but the own.
+  """
+  z = [_unit(view) for view in views]
+  keys = lax.stop_gradient(z) if detach_keys else z
+  others = 1 - jnp.eye(len(z[0]))
+  positives, total = {}, []
+  for a, anchor in enumerate(z):
+    row = jnp.zeros(())
+    for k, key in enumerate(keys):
+      cosine = jnp.dot(anchor, key.T, precision=lax.Precision.HIGHEST)
+      exps = jnp.exp(cosine / temperature)
+      row = row + (exps * others if a == k else exps).sum(1)
+      if a != k:
+        positives[a, k] = jnp.exp((anchor * key).sum(-1) / temperature)
+    total.append(row)
+  return positives, total
+
+
+def _unit(z):
   # The inner maximum keeps the gradient of a zero embedding finite.
   norm = jnp.sqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-30))
-  z = z / (norm + _GUARD)
-  keys = lax.stop_gradient(z) if detach_keys else z
-  cosine = jnp.dot(z, keys.T, precision=lax.Precision.HIGHEST)
-  exps = jnp.exp(cosine / temperature) * (1 - jnp.eye(len(z)))
-  return exps, exps.sum(1)
+  return z / (norm + _GUARD)
 
 
 CONTRASTIVE = {'nt_xent': nt_xent, 'eq3': nt_xent_eq3}

@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from rocl_jax import batchnorm, convolution, winograd
 from rocl_jax.settings import one_of, within
@@ -34,6 +35,7 @@ from rocl_jax.trees import flatten
 Params = dict[str, Any]
 Variables = dict[str, Any]
 
+_BLOCK = 'block'  # the results of blocks, by which `remat` knows them
 BN_MOMENTUM = 0.9  # the weight of the old value; PyTorch calls this 0.1
 
 
@@ -177,8 +179,8 @@ class ResNet(nn.Module):
         if y.shape != x.shape:
           shortcut = functools.partial(self.layer, features, size=1)
           x = shortcut(stride=stride, name=f'{name}_shortcut')(x)
-        x = relu(x + y)
-    return x.astype(jnp.float32).mean((1, 2))
+        x = checkpoint_name(relu(x + y), _BLOCK)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
 class Linear(nn.Module):
@@ -245,16 +247,20 @@ class Settings:
       usual ResNet-20 and ResNet-8.
     dtype: 'float32' or 'bfloat16', the type of the encoder's arithmetic.
       Parameters, BatchNorm statistics, head, projector and all outputs stay
-      float32.
+      float32. With JAX_ENABLE_X64 'float64' is for everything.
+    remat: whether gradients compute what is inside a block anew, instead of
+      keeping it: less memory, more time.
   """
 
   name: str
   width: int
   dtype: str
+  remat: bool = False
 
   def __post_init__(self):
     one_of('name', self.name, ARCHITECTURES)
-    one_of('dtype', self.dtype, ('float32', 'bfloat16'))
+    wide = ('float64',) if jax.config.values['jax_enable_x64'] else ()
+    one_of('dtype', self.dtype, ('float32', 'bfloat16', *wide))
     within('width', self.width, 1, 4096)
 
 
@@ -281,6 +287,10 @@ def build(
     )
 
   frozen_encoder = resnet(functools.partial(FrozenConvNorm, dtype=compute))
+  keep_blocks = lambda function: function
+  if settings.remat:
+    policy = jax.checkpoint_policies.save_only_these_names(_BLOCK)
+    keep_blocks = functools.partial(jax.checkpoint, policy=policy)
 
   def finish(params, features, output):
     if output == 'features':
@@ -319,17 +329,18 @@ def build(
 
   def train(variables, images, output='logits'):
     params, inner = split(variables)
-    features, updated = encoder(True).apply(
-      inner, images, mutable=['batch_stats']
-    )
+    apply = functools.partial(encoder(True).apply, mutable=['batch_stats'])
+    features, updated = keep_blocks(apply)(inner, images)
     return finish(params, features, output), updated['batch_stats']
 
   def prepare(variables):
     params, inner = lax.stop_gradient(split(variables))
     folded = fold(inner['params'], inner['batch_stats'], compute)
 
+    apply = keep_blocks(frozen_encoder.apply)
+
     def forward(images, output='logits'):
-      features = frozen_encoder.apply({'params': folded}, images)
+      features = apply({'params': folded}, images)
       return finish(params, features, output)
 
     return forward

@@ -36,7 +36,7 @@ from rocl_jax import (
   processes,
   results,
 )
-from rocl_jax.data import Dataset, Split, load
+from rocl_jax.data import Dataset, Split, load, prepare
 from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
 from rocl_jax.files import read_json, write_json
@@ -80,6 +80,8 @@ def _run(
   experiment: Experiment, root: epath.Path, allowed: Collection[str]
 ) -> list[results.Record]:
   settings = experiment.data
+  # Hosts that share a folder must not all prepare it.
+  processes.from_first(lambda: prepare(settings.source, settings.dir))
   dataset = load(settings.source, settings.dir, settings.validation)
   _check_sizes(experiment, dataset)
   chains = _chains(experiment, dataset, root)
@@ -419,6 +421,9 @@ def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
           'training images'
         )
       check_batch(field, section.batch_size, devices)
+      if section.microbatch:
+        field = f'config.{name}.microbatch'
+        check_batch(field, section.microbatch, devices)
 
 
 def _request(chain: Chain, stage: str, main: Chain) -> dict[str, Any]:

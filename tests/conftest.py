@@ -1,7 +1,9 @@
 """Four CPU devices, so that sharding is tested where there is one machine.
 
-Programs that several tests compile are compiled once a session. Of several
-workers each has cores of its own: their threads would wait for each other's.
+Programs that several tests compile are compiled once a session, and with
+LLVM's first level of optimisation, which takes half the time; XLA's own passes
+are the same. Of several workers each has cores of its own: their threads would
+wait for each other's.
 """
 
 import os
@@ -14,6 +16,9 @@ if _worker and hasattr(os, 'sched_setaffinity'):  # before JAX counts them
     int(_worker[2:]) :: int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
   ]
   os.sched_setaffinity(0, _mine or _cores)
+
+_FLAG = '--xla_backend_optimization_level=1'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 
 import jax  # noqa: E402
 

@@ -16,6 +16,7 @@ from configs import benchmark as benchmark_config
 from rocl_jax import compiled, hlo, losses, models
 from rocl_jax.benchmark import (
   attacks,
+  drift,
   output,
   programs,
   roofline,
@@ -25,6 +26,7 @@ from rocl_jax.benchmark import (
 from rocl_jax.benchmark import masks as mask_speed
 from rocl_jax.benchmark.settings import parse_settings
 from rocl_jax.errors import UserError
+from rocl_jax.stages import STAGES
 
 MODEL = models.Settings(name='resnet8', width=4, dtype='float32')
 
@@ -152,6 +154,18 @@ def test_other_sections_write_their_tables(tmp_path):
   assert not by_kind['strong', 1]['collectives']
   assert by_kind['weak', 2]['collectives']['all-reduce']['nbytes'] > 0
   assert by_kind['weak', 2]['batch'] == 16
+
+
+def test_drift_is_a_small_share_of_the_way(tmp_path, monkeypatch):
+  stages = {name: STAGES[name] for name in ('linear_eval', 'prune')}
+  monkeypatch.setattr(drift, 'STAGES', stages)
+  monkeypatch.setattr(drift, 'AFTER', (1, 2))
+  records = drift.measure(small_settings(), lambda _: None)
+  path = output.write(epath.Path(tmp_path), 'drift', records, 'drift')
+  assert '2 devices, 1 steps' in path.read_text()
+  assert [r['stage'] for r in records] == list(stages)
+  for record in records:
+    assert 0 <= record['drift']['2 devices']['1 steps'] < 0.02
 
 
 def test_jobs_take_turns_and_warm_up_apart():

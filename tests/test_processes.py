@@ -43,8 +43,7 @@ def free_port():
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-  kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return kept | {
+  return os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',

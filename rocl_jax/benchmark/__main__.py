@@ -7,6 +7,7 @@ attacks    PGD, the instance-wise attack, training steps and masks (default)
 masks      exact top-k selection against a sort, by layer size
 roofline   FLOPs and bytes per image, by hand and from the compiled program
 scaling    the TRADES step over simulated CPU devices, with its collectives
+drift      how far float32 runs on several devices part from one on one
 autoattack the standard suite beside the official implementation, with [peers]
 startup    from process start to first step, without and with the cache
 
@@ -28,7 +29,11 @@ from rocl_jax import command
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, one_of
 
-SECTIONS = ('attacks', 'masks', 'roofline', 'scaling', 'startup', 'autoattack')
+SECTIONS = (
+  *('attacks', 'masks', 'roofline', 'scaling', 'drift', 'startup'),
+  'autoattack',
+)
+SIMULATED = ('scaling', 'drift')  # on devices that share this CPU
 WITH_PEERS = ('attacks', 'masks')
 CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'benchmark.py'
 
@@ -45,14 +50,14 @@ def main(arguments: list[str]) -> None:
 
   import jax
 
-  if section == 'scaling':
+  if section in SIMULATED:
     jax.config.update('jax_platforms', 'cpu')
   from rocl_jax.benchmark import output
   from rocl_jax.benchmark.settings import parse_settings
   from rocl_jax.progress import say
 
   settings = parse_settings(flags.FLAGS.config)
-  if section == 'scaling':
+  if section in SIMULATED:
     jax.config.update('jax_num_cpu_devices', max(settings.scaling.devices))
   # Compile times are compile times.
   jax.config.update('jax_enable_compilation_cache', False)
@@ -81,6 +86,10 @@ def _measure(section, settings, peers, say):
     from rocl_jax.benchmark import scaling
 
     return scaling.measure(settings, say)
+  if section == 'drift':
+    from rocl_jax.benchmark import drift
+
+    return drift.measure(settings, say)
   if section == 'autoattack':
     from rocl_jax.benchmark import autoattack
 

@@ -203,6 +203,27 @@ def _scaling(records):
   return [note, '', *_table(head, rows)]
 
 
+def _drift(records):
+  pairs = [
+    (devices, steps)
+    for devices, found in records[0]['drift'].items()
+    for steps in found
+  ]
+  head = ['stage', *(f'{devices}, {steps}' for devices, steps in pairs)]
+  rows = [
+    [r['stage'], *(f'{r["drift"][d][s]:.1e}' for d, s in pairs)]
+    for r in records
+  ]
+  r = records[0]
+  note = (
+    f'Distance between the weights of a run on so many devices and of one on a '
+    f'single device, as a share of the way that the latter has gone; '
+    f'{r["model"]["name"]}, width {r["model"]["width"]}, float32, digits, '
+    f'batch {r["batch"]}, {r["attack_steps"]} attack steps.'
+  )
+  return [note, '', *_table(head, rows)]
+
+
 def _autoattack(records):
   head = ['attack', 'robust images', 'official', 'seconds', 'official']
   head += ['times as long', 'seconds with compilation']
@@ -255,6 +276,7 @@ _TABLES: dict[str, Any] = {
   'roofline': _roofline,
   'masks': _masks,
   'scaling': _scaling,
+  'drift': _drift,
   'startup': _startup,
   'autoattack': _autoattack,
 }

@@ -227,7 +227,7 @@ def training_step(bench: Bench, stage: str, settings: Training) -> Compiled:
   order = jnp.arange(shape[0], dtype=jnp.int32).reshape(2, cell.batch)
   everywhere = mesh.replicated(bench.mesh)
   data, order = jax.device_put((data, order), everywhere)
-  step = loop.make_step(built, optimizer, bench.mesh)
+  step = loop.make_step(built, optimizer, bench.mesh, settings.microbatch)
   key = jax.random.key(0)
   first = loop.first_state(built, optimizer, step, (data, order, key))
   state = jax.jit(first, out_shardings=everywhere)(bench.variables, key)

@@ -8,8 +8,14 @@ from rocl_jax import models
 from rocl_jax.attacks.balls import check_ball
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, at_least, one_of, parse, within
-from rocl_jax.stages.pretrain import Settings as Pretrain
-from rocl_jax.stages.supervised import Settings as Supervised
+from rocl_jax.stages import (
+  STAGES,
+  finetune,
+  linear_eval,
+  pretrain,
+  prune,
+  supervised,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +90,11 @@ class Recipe:
   """What the measured training steps are taken from."""
 
   model: models.Settings
-  pretrain: Pretrain
-  supervised: Supervised
+  pretrain: pretrain.Settings
+  linear_eval: linear_eval.Settings
+  supervised: supervised.Settings
+  prune: prune.Settings
+  finetune: finetune.Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +148,7 @@ def parse_settings(config: ConfigDict) -> Settings:
       '--config: wanted a config such as configs/benchmark.py, with a recipe'
     )
   values = config.copy_and_resolve_references().to_dict()
-  sections = ('model', 'pretrain', 'supervised')
+  sections = ('model', *STAGES)
   values['recipe'] = {
     k: v for k, v in values['recipe'].items() if k in sections
   }

@@ -43,6 +43,7 @@ __all__ = [
   'Split',
   'check',
   'load',
+  'prepare',
   'load_corruptions',
 ]
 
@@ -87,6 +88,16 @@ def check(source: str, directory: str, validation: int) -> None:
       f'config.data.validation: {validation}; wanted 0 or more images'
     )
   _CHECKS[source](directory)
+
+
+def prepare(source: str, directory: str) -> None:
+  """Makes what `load` reads, where that takes more than reading.
+
+  Of hosts that share a folder one does this, and the others wait for it.
+  Arguments and errors as in `load`.
+  """
+  if source == 'tfds':
+    tfds.prepare(directory)
 
 
 def load(source: str, directory: str, validation: int) -> Dataset:

@@ -63,18 +63,23 @@ def read(directory: str) -> RawDataset:
     UserError: the archive is neither here nor within reach, is not the
       official one, or the prepared files cannot be read.
   """
-  check(directory)
-  path = _data_dir(directory)
-  builder = _builder(path)
-  if not _prepared(builder):
-    _prepare(builder, path)
-    builder = _builder(path)
+  prepare(directory)
+  builder = _builder(_data_dir(directory))
   return RawDataset(
     'cifar10',
     _read_split(builder, 'train'),
     _read_split(builder, 'test'),
     CIFAR10_CLASSES,
   )
+
+
+def prepare(directory: str) -> None:
+  """Prepares CIFAR-10 unless that was done before; errors as in `read`."""
+  check(directory)
+  path = _data_dir(directory)
+  builder = _builder(path)
+  if not _prepared(builder):
+    _prepare(builder, path)
 
 
 def _data_dir(directory: str) -> Path:

@@ -14,7 +14,7 @@ from jax import lax
 
 from rocl_jax import augment
 from rocl_jax.attacks.settings import AttackSettings
-from rocl_jax.losses import CONTRASTIVE, nt_xent
+from rocl_jax.losses import CONTRASTIVE, apart, nt_xent
 from rocl_jax.models import Model, update_statistics
 from rocl_jax.settings import FieldError, at_least, one_of
 from rocl_jax.training import Training
@@ -30,6 +30,10 @@ class Settings(Training):
     regulariser: weight of the second term, 1/256 in the paper.
     loss: 'nt_xent' as published, or 'eq3', the paper's formula.
     detach_keys: whether only anchors get a gradient, as published.
+    local_negatives: equal parts of a batch whose images are each other's only
+      negatives in the attack and in the regulariser; 0 for the whole batch.
+      The published code has one part a GPU, and the whole batch in the main
+      term alone.
     crop_scale: smallest share of the area in the random resized crop.
     attack: the instance-wise attack.
   """
@@ -40,9 +44,17 @@ class Settings(Training):
   detach_keys: bool
   crop_scale: float
   attack: AttackSettings
+  local_negatives: int = 0
 
   def __post_init__(self):
     super().__post_init__()
+    if self.microbatch:
+      wanted = '0: parts of a batch would be without the other negatives'
+      raise FieldError('microbatch', self.microbatch, wanted)
+    at_least('local_negatives', self.local_negatives, 0)
+    if self.local_negatives and self.batch_size % self.local_negatives:
+      wanted = f'a divisor of batch_size, {self.batch_size}'
+      raise FieldError('local_negatives', self.local_negatives, wanted)
     one_of('loss', self.loss, CONTRASTIVE)
     at_least('regulariser', self.regulariser, 0)
     if not self.temperature > 0:
@@ -53,6 +65,7 @@ class Settings(Training):
 
 def stage(model: Model, settings: Settings) -> Stage:
   contrastive = CONTRASTIVE[settings.loss]
+  local = apart(nt_xent, settings.local_negatives)
 
   def start(upstream, key):
     del key
@@ -72,25 +85,25 @@ def stage(model: Model, settings: Settings) -> Stage:
     frozen = model.prepare(variables)
     target = frozen(view2, 'projection')  # once: no gradient reaches view 1
     x_adv = settings.attack.attack(
-      lambda x: nt_xent(
-        [frozen(x, 'projection'), target], settings.temperature
-      ),
+      lambda x: local([frozen(x, 'projection'), target], settings.temperature),
       view1,
       attack_key,
     )
     x_adv = lax.stop_gradient(x_adv)
 
     # Two training-mode passes, as published: the regulariser's first. Each
-    # mixes clean and adversarial images in one BatchNorm batch.
+    # mixes clean and adversarial images in one BatchNorm batch. The views of
+    # an image lie side by side, on one device.
     def embed(*views):
-      z, moments = model.train(variables, jnp.concatenate(views), 'projection')
-      return jnp.split(z, len(views)), moments
+      images = jnp.stack(views, 1).reshape(-1, *views[0].shape[1:])
+      z, moments = model.train(variables, images, 'projection')
+      return [z[i :: len(views)] for i in range(len(views))], moments
 
     pair, pair_moments = embed(x_adv, view2)
     triple, triple_moments = embed(view1, view2, x_adv)
     detach = settings.detach_keys
     similarity = contrastive(triple, settings.temperature, detach).mean()
-    regulariser = nt_xent(pair, settings.temperature, detach).mean()
+    regulariser = local(pair, settings.temperature, detach).mean()
     total = similarity + settings.regulariser * regulariser
     statistics = update_statistics(batch_stats, [pair_moments, triple_moments])
     metrics = {'contrastive': similarity, 'regulariser': regulariser}
