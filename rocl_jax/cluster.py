@@ -121,6 +121,11 @@ def _of_jax() -> Member:
       '--coordinator, --processes and --process, or --processes=1'
     ) from None
   address, count, index, devices = found
+  if kind.name == 'slurm' and not os.environ.get('JAX_COORDINATOR_PORT'):
+    # JAX takes one port a job, but the one after it must be free, too.
+    host = str(address).rpartition(':')[0]
+    job = int(os.environ['SLURM_JOB_ID'])
+    address = f'{host}:{61440 + 2 * job % 4094}'
   if address is None or count is None or index is None or count == 1:
     return ALONE
   return _checked(Member(address, count, index, devices, _JOIN, kind.name))

@@ -7,7 +7,7 @@
 `run.json` says who holds the folder, or how its last holder ended. On one
 machine the kernel's file lock decides, which a dead process can not keep; on a
 file system shared between machines the holder renews the file's time, and one
-that has not done so for two minutes is dead.
+that has not done so for two minutes is dead; who comes before waits for that.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from etils import epath
 
-from rocl_jax import processes
+from rocl_jax import interruption, processes
 from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.interruption import Interrupted
+from rocl_jax.progress import say
 
 RUN = 'run.json'
 _BEAT = 20.0  # seconds between signs of life
@@ -113,8 +115,8 @@ def _acquire(path, field):
       locked = False
     holder = _read(path)
     unsure = not locked or holder.get('host') != socket.gethostname()
-    if holder.get('status') == 'running' and unsure and _fresh(path):
-      raise _held(path, field, holder)
+    if holder.get('status') == 'running' and unsure:
+      _await_silence(path, field, holder)
     me = {
       'status': 'running',
       'host': socket.gethostname(),
@@ -127,6 +129,29 @@ def _acquire(path, field):
     os.close(file)
     raise
   return file, me
+
+
+def _await_silence(path, field, holder):
+  """Waits until a holder on another machine counts as dead.
+
+  A run that was killed there starts again elsewhere within seconds.
+
+  Raises:
+    UserError: it gave a sign of life.
+  """
+  if not _fresh(path):
+    return
+  last = path.stat().st_mtime
+  where = holder.get('host', '?')
+  say(
+    f'{path.parent}: held by a run on {where}; waiting up to {_SILENCE:.0f} s '
+    'for a sign of life of it'
+  )
+  while _fresh(path):
+    if path.stat().st_mtime != last:
+      raise _held(path, field, holder)
+    interruption.check()
+    time.sleep(min(1.0, _SILENCE / 4))
 
 
 def holder(root: epath.Path, name: str = RUN) -> dict[str, Any]:

@@ -30,7 +30,14 @@ jax.config.update('jax_compilation_cache_dir', _CACHE.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 # With several workers the long files first, so that none is left for the end.
-_LONG = ('commands', 'stages', 'processes', 'benchmark', 'autoattack_reference')
+_LONG = (
+  'commands',
+  'stages',
+  'processes',
+  'launch',
+  'benchmark',
+  'autoattack_reference',
+)
 
 
 def pytest_collection_modifyitems(items):

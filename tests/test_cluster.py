@@ -83,8 +83,9 @@ def found(environment, address='', count=0):
   'environment, wanted',
   [
     ({}, '1 0 None'),
-    (SLURM, 'gpu017:61440 12 5 [1]'),
+    (SLURM, 'gpu017:61444 12 5 [1]'),
     (SLURM | {'JAX_COORDINATOR_PORT': '7777'}, 'gpu017:7777 12 5 [1]'),
+    (SLURM | {'SLURM_JOB_ID': '4095'}, 'gpu017:61442 12 5 [1]'),
     (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, '1 0 None'),
     (GKE | ONE_SLICE, '127.0.0.1:8482 2 1 None'),
     (GKE | SLICES, '127.0.0.1:8482 6 5 None'),

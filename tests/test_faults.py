@@ -506,13 +506,23 @@ def test_a_holder_on_another_machine_counts_while_it_gives_signs_of_life(
   """[8] Of a shared file system, where no kernel knows both."""
   path = tmp_path / workdir.RUN
   path.write_text(json.dumps({'status': 'running', 'host': 'tpu-7'}))
-  with pytest.raises(UserError, match='on tpu-7'):
-    with workdir.claim(epath.Path(tmp_path), '--workdir'):
-      pass
+  monkeypatch.setattr(workdir, '_SILENCE', 2.0)
+  alive = threading.Event()
+  monkeypatch.setattr(workdir, '_BEAT', 0.2)
+  beat = threading.Thread(target=workdir._beat, args=(path, alive))
+  beat.start()
+  try:
+    with pytest.raises(UserError, match='on tpu-7'):
+      with workdir.claim(epath.Path(tmp_path), '--workdir'):
+        pass
+  finally:
+    alive.set()
+    beat.join()
   assert json.loads(path.read_text())['host'] == 'tpu-7'
-  monkeypatch.setattr(workdir, '_SILENCE', 0.0)
+  # It was killed just now: who comes next waits, and takes over.
+  began = time.monotonic()
   with workdir.claim(epath.Path(tmp_path), '--workdir'):
-    pass
+    assert 1 < time.monotonic() - began < 10
 
 
 LISTENER = """
