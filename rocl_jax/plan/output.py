@@ -197,7 +197,8 @@ COMPILED = (
 QUICK = (
   'Compiled with exec_time_optimization_effort {:g}: the same mathematics '
   'and collectives, but XLA leaves the chip’s vector memory unused, so that '
-  'more bytes move than in a run and the time is no lower bound (--effort=0).'
+  'up to four times the bytes move and step times are no lower bounds; those '
+  'of the arithmetic are (--effort=0).'
 )
 LARGER = (
   'The largest batch is from this program’s memory and that of a larger '
