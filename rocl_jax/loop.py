@@ -30,7 +30,14 @@ from rocl_jax.interruption import Interrupted
 from rocl_jax.mesh import replicated, split
 from rocl_jax.progress import Progress, say
 from rocl_jax.training import Training
-from rocl_jax.types import Batch, Skips, Stage, TrainState, Variables
+from rocl_jax.types import (
+  Batch,
+  Skips,
+  Stage,
+  TrainingSet,
+  TrainState,
+  Variables,
+)
 
 Measure = Callable[[Variables], dict[str, float]]
 
@@ -73,7 +80,9 @@ def make_step(
     what comes of them is not finite the state stays, but for its counts.
   """
 
-  def step(state: TrainState, data: Batch, order: jax.Array, key: jax.Array):
+  def step(
+    state: TrainState, data: TrainingSet, order: jax.Array, key: jax.Array
+  ):
     steps_per_epoch = order.shape[0]
     index = state.step % steps_per_epoch
     key = jax.random.fold_in(key, state.step)
@@ -84,7 +93,7 @@ def make_step(
     )
 
     def part(rows, key):
-      batch = Batch(*(split(x[rows], mesh) for x in data))
+      batch = Batch(*(split(x, mesh) for x in data.rows(rows)))
       objective = lambda params: stage.loss(params, batch_stats, batch, key)
       return jax.value_and_grad(objective, has_aux=True)(params)
 
@@ -258,7 +267,7 @@ def run_stage(run: StageRun) -> Variables:
     lambda: tuple(jax.random.split(stage_key(run.seed, run.name), 3)),
     out_shardings=everywhere,
   )()
-  data = jax.device_put(Batch(*run.train), everywhere)
+  data = jax.device_put(TrainingSet.of(*run.train), everywhere)
   order_of = jax.jit(
     lambda key, epoch: epoch_order(key, epoch, n, batch_size),
     out_shardings=everywhere,

@@ -43,6 +43,35 @@ class Batch(NamedTuple):
   labels: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+  """All training examples, as they lie on every device.
+
+  An image is one row: TPUs lay [N, H, W, C] out with the images innermost, and
+  to gather some of them they would copy the whole set in each step.
+
+  Attributes:
+    images: uint8 [N, H * W * C].
+    labels: int32 [N].
+    shape: of an image, (H, W, C).
+  """
+
+  images: Any
+  labels: Any
+  shape: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+
+  @classmethod
+  def of(cls, images: Any, labels: Any) -> 'TrainingSet':
+    """Of images uint8 [N, H, W, C] and their labels."""
+    return cls(images.reshape(len(images), -1), labels, images.shape[1:])
+
+  def rows(self, index: jax.Array) -> Batch:
+    """The examples of these numbers."""
+    images = self.images[index].reshape(*index.shape, *self.shape)
+    return Batch(images, self.labels[index])
+
+
 class Trained(NamedTuple):
   """What a stage starts from, and what it has become.
 

@@ -45,7 +45,7 @@ from rocl_jax.checkpoint import States
 from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.manifest import Damaged
 from rocl_jax.trees import flatten
-from rocl_jax.types import Batch
+from rocl_jax.types import TrainingSet
 
 STATE = {
   'step': jnp.int32(0),
@@ -418,7 +418,7 @@ def test_a_skipped_update_changes_nothing(tmp_path):
   step = jax.jit(loop.make_step(run.stage, optimizer, run.mesh))
   key = jax.random.split(loop.stage_key(run.seed, run.name), 3)[2]
   order = loop.epoch_order(jax.random.key(1), 0, 36, 8)
-  data = jax.device_put(Batch(*TRAIN), loop.replicated(run.mesh))
+  data = jax.device_put(TrainingSet.of(*TRAIN), loop.replicated(run.mesh))
   first = loop.first_state(run.stage, optimizer, step, (data, order, key))
   before = jax.jit(first)(run.upstream, jax.random.key(0))
   for bad in (True, False):

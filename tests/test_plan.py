@@ -330,10 +330,6 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.xfail(
-  strict=False,
-  reason='GSPMD lays the concatenated views out anew in each attack step',
-)
 def test_instance_wise_attack_gathers_embeddings_once_a_step(tmp_path):
   step = compiled(
     tmp_path,

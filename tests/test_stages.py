@@ -27,7 +27,7 @@ from rocl_jax.errors import RunFailed
 from rocl_jax.settings import parse
 from rocl_jax.stages import STAGES
 from rocl_jax.trees import flatten
-from rocl_jax.types import Batch, Skips
+from rocl_jax.types import Batch, Skips, TrainingSet
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 4, 36).astype(np.int32)
@@ -212,7 +212,7 @@ def one_step(name, devices):
   )
   step = jax.jit(loop.make_step(run.stage, optimizer, run.mesh))
   state, data = jax.device_put(
-    (state, Batch(*TRAIN)), loop.replicated(run.mesh)
+    (state, TrainingSet.of(*TRAIN)), loop.replicated(run.mesh)
   )
   order = loop.epoch_order(jax.random.key(1), 0, 36, 8)
   state, seen = step(state, data, order, jax.random.key(2))

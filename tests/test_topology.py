@@ -27,7 +27,7 @@ from rocl_jax.benchmark import programs
 from rocl_jax.errors import UserError
 from rocl_jax.stages import STAGES
 from rocl_jax.trees import flatten
-from rocl_jax.types import Batch
+from rocl_jax.types import TrainingSet
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -87,11 +87,11 @@ def test_first_gradients_agree_on_all_numbers_of_devices(tmp_path):
 def in_loops(program):
   """{(kind, dimensions): how many} of the collectives in loops."""
   found = collections.Counter()
-  for instruction, _, times, _ in hlo.executed(program):
-    kind = instruction.opcode.removesuffix('-start')
-    if kind in hlo.COLLECTIVES and times > 1:
-      assert times == STEPS
-      found[kind, *(shape.dims for shape in instruction.shapes)] += 1
+  for run in hlo.executed(program):
+    kind = run.instruction.opcode.removesuffix('-start')
+    if kind in hlo.COLLECTIVES and run.times > 1:
+      assert run.times == STEPS
+      found[kind, *(shape.dims for shape in run.instruction.shapes)] += 1
   return found
 
 
@@ -140,7 +140,7 @@ def gradient_of(name, rows, microbatch=0):
   )[0]
   stage = STAGES[name].stage(MODEL, settings)
   step = loop.make_step(stage, optimizer, mesh_of(2), microbatch)
-  arguments = (Batch(*TRAIN), jnp.array([rows]), jax.random.key(0))
+  arguments = (TrainingSet.of(*TRAIN), jnp.array([rows]), jax.random.key(0))
   first = loop.first_state(stage, optimizer, step, arguments)
   state = jax.jit(first)(upstream_of(name), jax.random.key(1))
   after, seen = jax.jit(step)(state, *arguments)

@@ -30,7 +30,7 @@ from rocl_jax import augment, loop, mesh, models, optim  # noqa: E402
 from rocl_jax.attacks.pgd import start_noise  # noqa: E402
 from rocl_jax.stages import STAGES  # noqa: E402
 from rocl_jax.trees import flatten  # noqa: E402
-from rocl_jax.types import Batch  # noqa: E402
+from rocl_jax.types import TrainingSet  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (48, 8, 8, 3), np.uint8)
@@ -100,7 +100,7 @@ def first_step(where, name):
   optimizer, _ = optim.make(optimizer, 1, 3, 1)
   everywhere = mesh.replicated(where)
   step = loop.make_step(stage, optimizer, where, settings.microbatch)
-  data = jax.device_put(Batch(IMAGES, LABELS), everywhere)
+  data = jax.device_put(TrainingSet.of(IMAGES, LABELS), everywhere)
   key = loop.stage_key(3, name)
   order = loop.epoch_order(key, 0, 48, BATCH)
   first = loop.first_state(stage, optimizer, step, (data, order, key))

@@ -20,7 +20,7 @@ from rocl_jax.benchmark import programs
 from rocl_jax.benchmark.settings import Settings
 from rocl_jax.stages import STAGES
 from rocl_jax.trees import flatten
-from rocl_jax.types import Batch
+from rocl_jax.types import TrainingSet
 
 AFTER = (1, 20)  # steps
 _SEED = 0
@@ -89,7 +89,7 @@ def _walk(name, section, stage, upstream, train, count):
   )
   step = loop.make_step(stage, optimizer, where, section.microbatch)
   key = loop.stage_key(_SEED, name)
-  batches = jax.device_put(Batch(*train), everywhere)
+  batches = jax.device_put(TrainingSet.of(*train), everywhere)
   order = loop.epoch_order(
     key, jnp.int32(0), len(train.labels), section.batch_size
   )

@@ -32,7 +32,7 @@ from rocl_jax.stages import STAGES
 from rocl_jax.stages.supervised import Settings as Supervised
 from rocl_jax.training import Training
 from rocl_jax.trees import flatten
-from rocl_jax.types import Batch
+from rocl_jax.types import TrainingSet
 
 T = TypeVar('T', bound=Training)
 
@@ -220,7 +220,7 @@ def training_step(bench: Bench, stage: str, settings: Training) -> Compiled:
   optimizer, _ = optim.make(settings.optimizer, 1, 2, 1)
   random = np.random.default_rng(1)
   shape = (2 * cell.batch, cell.image_size, cell.image_size, 3)
-  data = Batch(
+  data = TrainingSet.of(
     random.integers(0, 256, shape, np.uint8),
     random.integers(0, cell.num_classes, shape[0]).astype(np.int32),
   )

@@ -20,7 +20,7 @@ from rocl_jax.experiment import Run, parse_experiment
 from rocl_jax.mesh import check_batch, replicated
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
-from rocl_jax.types import Batch, Stage, Variables
+from rocl_jax.types import Stage, TrainingSet, Variables
 
 _CIFAR10 = ('tfds', 'binary', 'python')
 
@@ -132,7 +132,11 @@ def program(
   )
   array = jax.ShapeDtypeStruct
   rest = (
-    Batch(array((count, size, size, 3), jnp.uint8), array((count,), jnp.int32)),
+    TrainingSet(
+      array((count, size * size * 3), jnp.uint8),
+      array((count,), jnp.int32),
+      (size, size, 3),
+    ),
     array((steps, batch_size), jnp.int32),
     _key(),
   )
