@@ -95,7 +95,8 @@ def make_step(
     def part(rows, key):
       batch = Batch(*(split(x, mesh) for x in data.rows(rows)))
       objective = lambda params: stage.loss(params, batch_stats, batch, key)
-      return jax.value_and_grad(objective, has_aux=True)(params)
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `gathered`
+        return jax.value_and_grad(objective, has_aux=True)(params)
 
     (loss, (batch_stats, values)), grads = _mean_over_parts(
       part, order[index], key, microbatch

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rocl_jax.mesh import gathered
+
 _TINY = 1e-12  # as in AutoAttack's ratios
 _GUARD = 1e-8  # as in RoCL's `loss.py`, in the norm and in both logarithms
 
@@ -140,7 +142,7 @@ def _similarities(views, temperature, detach_keys):
     and for each view [N], the sum over all embeddings but the own.
   """
   z = [_unit(view) for view in views]
-  keys = lax.stop_gradient(z) if detach_keys else z
+  keys = [gathered(x) for x in (lax.stop_gradient(z) if detach_keys else z)]
   others = 1 - jnp.eye(len(z[0]))
   positives, total = {}, []
   for a, anchor in enumerate(z):

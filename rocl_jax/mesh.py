@@ -27,6 +27,17 @@ def split(batch: jax.Array, mesh: Mesh) -> jax.Array:
   return jax.lax.with_sharding_constraint(batch, sharding)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+  """Inside a training step: copies to all devices what each has a part of.
+
+  What a loop needs whole is gathered once before it, where not every compiler
+  sees that it does not change. Elsewhere this is nothing.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def check_batch(field: str, batch_size: int, devices: int) -> None:
   """Raises UserError unless the devices can share the batch evenly."""
   if batch_size % devices:

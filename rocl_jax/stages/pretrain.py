@@ -15,6 +15,7 @@ from jax import lax
 from rocl_jax import augment
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.losses import CONTRASTIVE, apart, nt_xent
+from rocl_jax.mesh import gathered
 from rocl_jax.models import Model, update_statistics
 from rocl_jax.settings import FieldError, at_least, one_of
 from rocl_jax.training import Training
@@ -83,7 +84,8 @@ def stage(model: Model, settings: Settings) -> Stage:
     variables = {'params': params, 'batch_stats': batch_stats}
 
     frozen = model.prepare(variables)
-    target = frozen(view2, 'projection')  # once: no gradient reaches view 1
+    # Once: no gradient reaches view 1 through it.
+    target = gathered(frozen(view2, 'projection'))
     x_adv = settings.attack.attack(
       lambda x: local([frozen(x, 'projection'), target], settings.temperature),
       view1,
