@@ -197,7 +197,7 @@ COMPILED = (
 QUICK = (
   'Compiled with exec_time_optimization_effort {:g}: the same mathematics '
   'and collectives, but XLA leaves the chip’s vector memory unused, so that '
-  'up to four times the bytes move and step times are no lower bounds; those '
+  'many times the bytes move and step times are no lower bounds; those '
   'of the arithmetic are (--effort=0).'
 )
 LARGER = (
@@ -207,7 +207,7 @@ LARGER = (
 COUNTED = (
   'GPUs: nothing was compiled. State and training set are exact; activations '
   'and traffic are counted for perfect fusion, without cuDNN’s workspace: '
-  'compiled programs had 0.7 to 1.9 times the temporaries (docs/plan).'
+  'compiled programs had up to 1.9 times the temporaries (docs/plan).'
 )
 
 
