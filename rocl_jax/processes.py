@@ -49,6 +49,7 @@ class _Group:
   index = 0
   points = 0  # places that all must pass, and this process has
   gone: str | None = None  # who, and why
+  line: socket.socket | None = None  # to the first one, which never speaks
   leaving = False
   stop: Any = None  # the last answer of `any_of`, still on its way
 
@@ -97,6 +98,8 @@ def start(member: Member) -> None:
   _tell('host', socket.gethostname())
   threading.Thread(target=_beat, daemon=True).start()
   threading.Thread(target=_watch, daemon=True).start()
+  if _Group.line is not None:
+    threading.Thread(target=_watch_first, daemon=True).start()
 
 
 def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
@@ -110,11 +113,12 @@ def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
   if index:
     while True:
       try:
-        with socket.create_connection((host, port), left()) as line:
-          line.sendall(f'{index} {count}\n'.encode())
-          line.settimeout(left() + 5)
-          answer = line.makefile().readline()
-          return answer.strip() if answer else 'process 0 has gone'
+        line = socket.create_connection((host, port), left())
+        line.sendall(f'{index} {count}\n'.encode())
+        line.settimeout(left() + 5)
+        answer = line.makefile().readline()
+        _Group.line = line
+        return answer.strip() if answer else 'process 0 has gone'
       except OSError:
         if time.monotonic() > deadline:
           return f'process 0 has not come to {host}:{port}'
@@ -144,7 +148,14 @@ def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
     for _, line in here:
       with contextlib.suppress(OSError):
         line.sendall(f'{problem}\n'.encode())
+    if not problem:  # they stay open: the others notice when this one dies
+      _OPEN.extend(line for _, line in here)
+      open_lines.pop_all()
+      server.close()
   return problem
+
+
+_OPEN: list[socket.socket] = []
 
 
 def is_first() -> bool:
@@ -377,6 +388,21 @@ def _watch() -> None:
         patience = _SAVING if why.startswith('SIG') else _PATIENCE
         _lost(f'process {name}{_where(name)} ended: {why}', patience)
     time.sleep(_BEAT)
+
+
+def _watch_first() -> None:
+  """Notices at once when the first process is gone: JAX aborts seconds later,
+  and does not say why."""
+  line = _Group.line
+  assert line is not None
+  host = _where('0')
+  line.settimeout(None)
+  with contextlib.suppress(OSError):
+    while line.recv(1):
+      pass
+  # It tells why it ends, if it can.
+  if _Group.gone is None:
+    _lost(f'process 0{host} has gone', patience=1.0)
 
 
 def _where(name: str) -> str:

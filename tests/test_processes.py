@@ -137,6 +137,25 @@ def test_a_process_that_dies_is_named(start, tmp_path):
   assert run['host'] in errors
 
 
+def test_the_first_process_that_dies_is_named(environment):
+  """Before JAX aborts the others without a word."""
+  address = f'127.0.0.1:{free_port()}'
+  first, second = (
+    subprocess.Popen(
+      [sys.executable, '-c', WAIT, address, str(number)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in (0, 1)
+  )
+  assert second.stdout.readline() == 'together\n'
+  first.kill()
+  (status, errors), _ = end([second, first], timeout=20)
+  assert status == 3 and 'process 0 on ' in errors and 'has gone' in errors
+
+
 def test_processes_that_disagree_are_told(start, tmp_path):
   both = start(
     *SMALL, f'--workdir={tmp_path}', changes=([], ['--config.seed=1'])
@@ -146,6 +165,15 @@ def test_processes_that_disagree_are_told(start, tmp_path):
     assert 'config of ours.seed: process 1 on ' in errors
     assert 'has 1, process 0 on ' in errors
 
+
+WAIT = """
+import sys, time
+from rocl_jax import cluster, processes
+processes.start(cluster.find(sys.argv[1], 2, int(sys.argv[2])))
+processes.from_first(lambda: 1)
+print('together', flush=True)
+time.sleep(60)
+"""
 
 AGREE = """
 import sys
