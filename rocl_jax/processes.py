@@ -278,6 +278,7 @@ def leave(status: int, why: str = '') -> None:
     return
   _Group.leaving = True
   _tell('end', why or f'exit status {status}')
+  _say_farewell()
   if is_first():  # JAX aborts the others as soon as this process is gone
     _wait_for_the_others()
   for stream in (sys.stdout, sys.stderr):
@@ -308,6 +309,7 @@ def finish() -> None:
   _Group.points += 1
   multihost_utils.sync_global_devices('finished')
   _Group.leaving = True
+  _say_farewell()
 
 
 def explain() -> str | None:
@@ -391,18 +393,25 @@ def _watch() -> None:
 
 
 def _watch_first() -> None:
-  """Notices at once when the first process is gone: JAX aborts seconds later,
-  and does not say why."""
+  """Notices at once when the first process is gone without a word: JAX aborts
+  the others then, and does not say why."""
   line = _Group.line
   assert line is not None
   host = _where('0')
   line.settimeout(None)
   with contextlib.suppress(OSError):
-    while line.recv(1):
-      pass
-  # It tells why it ends, if it can.
-  if _Group.gone is None:
-    _lost(f'process 0{host} has gone', patience=1.0)
+    if line.recv(1):
+      return  # a farewell
+  with contextlib.suppress(OSError):
+    who = f'process 0{host} has gone'
+    os.write(sys.stderr.fileno(), f'\n{_farewell(who)}\n'.encode())
+  os._exit(_FAILED)
+
+
+def _say_farewell() -> None:
+  for line in _OPEN:
+    with contextlib.suppress(OSError):
+      line.sendall(b'.')
 
 
 def _where(name: str) -> str:
