@@ -316,8 +316,11 @@ def _fill(folder, name, arrays, about):
 def _read(folder, name):
   """(arrays by path, about) of a sealed folder; raises Damaged."""
   about = manifest.verify(folder)
+  leaves = about.get('leaves')
+  if not isinstance(leaves, dict):
+    raise Damaged(f'{folder}: its manifest does not tell its arrays')
   try:
-    return _restore(folder.resolve() / name, about['leaves']), about
+    return _restore(folder.resolve() / name, leaves), about
   except Exception as e:  # whatever Orbax and TensorStore raise
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise Damaged(f'{folder / name}: can not be read: {reason:.200}') from None

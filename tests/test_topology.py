@@ -76,7 +76,7 @@ def check_first_steps(path, devices, names):
 
 
 def test_first_gradients_agree(tmp_path):
-  check_first_steps(tmp_path / 'steps', '1,4', ','.join(STAGES))
+  check_first_steps(tmp_path / 'steps', '1,4', 'pretrain,prune')
 
 
 @pytest.mark.slow
