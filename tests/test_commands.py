@@ -333,9 +333,9 @@ def test_a_retrained_stage_is_evaluated_anew(call, finished, tmp_path):
   }
 
 
-def reseal(folder):
-  """As somebody who knows how would make another content look whole."""
-  about = manifest.read(epath.Path(folder))['about']
+def reseal(folder, like):
+  """As somebody who knows how would make another's content look whole."""
+  about = manifest.read(epath.Path(like))['about']
   manifest.seal(epath.Path(folder), about)
 
 
@@ -355,11 +355,11 @@ def test_weights_that_are_not_the_models_own_are_refused(
   other = finished[0] / '3_prune' / 'model' / 'variables'
   shutil.copytree(other, stage / 'model' / 'variables')
   assert 'its bytes are not' in call(*arguments, status=2).stderr
-  reseal(stage / 'model')
+  reseal(stage / 'model', other.parent)
   swapped = call(*arguments, status=3)
   assert 'holds other weights' in swapped.stderr
   (stage / 'model' / 'model.json').write_text('{}')
-  reseal(stage / 'model')
+  reseal(stage / 'model', other.parent)
   assert 'has no run' in call(*arguments, status=2).stderr
 
 
