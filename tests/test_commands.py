@@ -142,13 +142,9 @@ def test_the_same_command_again_does_nothing_twice(call, finished):
   assert (workdir / 'report.md').read_bytes() == report
 
 
-def stop_after(command, environment, lines, delay, number):
-  """Starts a run and sends it a signal some time after a line of its output.
-
-  Returns:
-    Exit status and output; the status is 0 if it was over before.
-  """
-  process = subprocess.Popen(
+def started(command, environment):
+  """A run whose words on standard error can be read."""
+  return subprocess.Popen(
     command,
     cwd=ROOT,
     env=environment,
@@ -156,6 +152,15 @@ def stop_after(command, environment, lines, delay, number):
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def stop_after(command, environment, lines, delay, number):
+  """Starts a run and sends it a signal some time after a line of its output.
+
+  Returns:
+    Exit status and output; the status is 0 if it was over before.
+  """
+  process = started(command, environment)
   output = [process.stderr.readline() for _ in range(lines)]
   time.sleep(delay)
   process.send_signal(number)
@@ -169,14 +174,7 @@ def kill_at(command, environment, word, delay):
   Returns:
     Exit status and output; the status is 0 if it was over before.
   """
-  process = subprocess.Popen(
-    command,
-    cwd=ROOT,
-    env=environment,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  process = started(command, environment)
   output = []
   for line in process.stderr:
     output.append(line)

@@ -91,6 +91,21 @@ def wait_for(process, word, lines=200):
       return
 
 
+def started(code, environment, numbers=(0, 1)):
+  """Processes that run a few lines; these get an address and their number."""
+  address = f'127.0.0.1:{free_port()}'
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', code, address, str(number)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in numbers
+  ]
+
+
 def end(processes, timeout=120):
   """(status, standard error) of each."""
   deadline = time.monotonic() + timeout
@@ -139,17 +154,7 @@ def test_a_process_that_dies_is_named(start, tmp_path):
 
 def test_the_first_process_that_dies_is_named(environment):
   """Before JAX aborts the others without a word."""
-  address = f'127.0.0.1:{free_port()}'
-  first, second = (
-    subprocess.Popen(
-      [sys.executable, '-c', WAIT, address, str(number)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for number in (0, 1)
-  )
+  first, second = started(WAIT, environment)
   while (said := second.stdout.readline()) != 'together\n':
     assert said  # Gloo's
   first.kill()
@@ -199,17 +204,7 @@ processes.finish()
 
 def test_each_process_hears_what_differs(environment):
   """Code, versions, images: the command compares these, too."""
-  address = f'127.0.0.1:{free_port()}'
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', AGREE, address, str(number)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for number in (0, 1)
-  ]
-  for process in both:
+  for process in started(AGREE, environment):
     said, _ = process.communicate(timeout=60)
     told = [line for line in said.splitlines() if ': process 1 on ' in line]
     assert [line.split(':')[0] for line in told] == [
@@ -234,17 +229,7 @@ processes.from_first(lambda: 2)
 
 def test_a_process_that_hangs_is_named(environment):
   """It lives, and gives signs of life, but never comes to a collective."""
-  address = f'127.0.0.1:{free_port()}'
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', HANG, address, str(number)],
-      env=environment,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for number in (0, 1)
-  ]
-  (status, errors), _ = end(both, timeout=60)
+  (status, errors), _ = end(started(HANG, environment), timeout=60)
   assert status == 3 and 'process 1 on ' in errors and 'hangs' in errors
 
 
@@ -268,17 +253,8 @@ except errors.RunFailed as e:
   ],
 )
 def test_a_process_that_never_comes_is_named(environment, numbers, told):
-  address = f'127.0.0.1:{free_port()}'
   began = time.monotonic()
-  waiting = [
-    subprocess.Popen(
-      [sys.executable, '-c', JOIN, address, str(number)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for number in numbers
-  ]
+  waiting = started(JOIN, environment, numbers)
   for number, process in zip(numbers, waiting, strict=True):
     said, _ = process.communicate(timeout=60)
     assert f'process {number} of 3 (by flags): {told}' in said
