@@ -118,6 +118,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.prune = follow(c.supervised)
   del c.prune.init
   c.prune.keep = 0.1  # the kept fraction of each layer
+  c.prune.scores = 'weights'  # or random, a baseline
 
   c.finetune = follow(c.supervised)
   del c.finetune.init

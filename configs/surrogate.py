@@ -16,10 +16,37 @@ SGD at 0.1, momentum 0.9, weight decay 1e-4, batches of 128, crops and flips),
 with a cosine over 200 epochs in place of two drops over some 180.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import cifar10
 from rocl_jax.errors import UserError, nearest
+
+CHANGES = {
+  'model': {'name': 'resnet20', 'width': 16},
+  'supervised': {
+    'total_epochs': 200,
+    'batch_size': 128,
+    'eval_epochs': 10,  # each costs as much as some two epochs
+    'loss': 'natural',
+    'optimizer': {
+      'learning_rate': 0.1,
+      'weight_decay': 1e-4,
+      'schedule': 'cosine',
+    },
+  },
+}
+
+
+def overlay(section: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Sets the fields of nested sections."""
+  for field, value in changes.items():
+    if isinstance(value, Mapping):
+      overlay(section[field], value)
+    else:
+      section[field] = value
 
 
 def get_config(argument: str = '') -> ConfigDict:
@@ -31,17 +58,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c = cifar10.get_config()
   c.name = 'surrogate'
   c.stages = ('supervised',)
-  c.model.name = 'resnet20'
-  c.model.width = 16
-
-  c.supervised.total_epochs = 200
-  c.supervised.batch_size = 128
-  c.supervised.eval_epochs = 10  # each costs as much as some two epochs
-  c.supervised.loss = 'natural'
-  c.supervised.optimizer.learning_rate = 0.1
-  c.supervised.optimizer.weight_decay = 1e-4
-  c.supervised.optimizer.schedule = 'cosine'
-
+  overlay(c, CHANGES)
   c.eval.suite = ('pgd10',)
 
   if argument == 'digits':

@@ -53,8 +53,9 @@ class Run:
     name: what records call it.
     seed: of all its random numbers.
     stages: the stages in order, with their sections.
-    init_from: '' for fresh weights; a stage folder of the main run, such as
-      '1_pretrain'; or the path of a model folder.
+    init_from: '' for fresh weights; a stage folder of a run before this one,
+      such as '1_pretrain' of the main run or 'rocl/1_linear_eval' of another;
+      or the path of a model folder.
     model: the network.
     config: the resolved config, as JSON values.
   """
@@ -65,6 +66,11 @@ class Run:
   init_from: str
   model: models.Settings
   config: dict[str, Any]
+
+  @property
+  def folders(self) -> list[str]:
+    """The name of each stage's folder: '1_pretrain' for the first."""
+    return [f'{i}_{stage}' for i, (stage, _) in enumerate(self.stages, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,21 +230,18 @@ def _parse_run(config, name, where):
   return top, run
 
 
-def stage_folder(index: int, stage: str) -> str:
-  """The name of a stage's folder: '1_pretrain' for index 0."""
-  return f'{index + 1}_{stage}'
-
-
 def _check_starts(runs):
-  """Checks `init_from` where it names a stage of the main run."""
-  main = runs[0]
-  folders = [stage_folder(i, s) for i, (s, _) in enumerate(main.stages)]
+  """Checks `init_from` where it names a stage of a run before."""
+  folders: list[str] = []
   for run in runs:
     start = run.init_from
-    looks_like_one = start[:1].isdigit() and '/' not in start
-    if looks_like_one and (run is main or start not in folders):
-      where = 'config' if run is main else f'config.baselines.{run.name}'
+    name, _, folder = start.rpartition('/')
+    ours = name in ('', *(one.name for one in runs)) and folder[:1].isdigit()
+    if ours and start not in folders:
+      where = 'config' if run is runs[0] else f'config.baselines.{run.name}'
       raise UserError(
-        f'{where}.init_from: the main run has no stage folder {start!r} to '
-        f'start from{nearest(start, folders)}'
+        f'{where}.init_from: no run before this one has a stage folder '
+        f'{start!r} to start from{nearest(start, folders)}'
       )
+    prefix = '' if run is runs[0] else f'{run.name}/'
+    folders += [prefix + folder for folder in run.folders]

@@ -11,6 +11,7 @@ never one entry more or less, and among equal scores the earlier entry stays.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,24 @@ def init_scores(weights: Flat) -> Flat:
     return (6 / fan_in) ** 0.5 * w / jnp.abs(w).max()
 
   return {path: scores(w) for path, w in weights.items()}
+
+
+def random_scores(weights: Flat, key: jax.Array) -> Flat:
+  """Scores as large as HYDRA's, sqrt(6 / fan_in) * uniform(-1, 1)."""
+  keys = jax.random.split(key, len(weights))
+  return init_scores(
+    {
+      path: jax.random.uniform(k, w.shape, w.dtype, -1, 1)
+      for k, (path, w) in zip(keys, weights.items(), strict=True)
+    }
+  )
+
+
+# (weights, key) -> scores, by name.
+SCORES: dict[str, Callable[[Flat, jax.Array], Flat]] = {
+  'weights': lambda weights, key: init_scores(weights),
+  'random': random_scores,
+}
 
 
 def apply(params: Flat, masks: Flat) -> Flat:

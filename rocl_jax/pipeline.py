@@ -38,7 +38,7 @@ from rocl_jax import (
 )
 from rocl_jax.data import Dataset, Split, load, prepare
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.experiment import Experiment, Run, parse_experiment, stage_folder
+from rocl_jax.experiment import Experiment, Run, parse_experiment
 from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
 from rocl_jax.progress import say, warn
@@ -89,7 +89,7 @@ def _run(
   _rehearse(chains)
   processes.from_first(lambda: _open(chains, allowed, root))
   for chain in chains:
-    run_chain(chain, chains[0])
+    run_chain(chain)
   return processes.from_first(lambda: results.read(root / 'results.json'))
 
 
@@ -101,6 +101,7 @@ class Chain:
     run: its stages and settings.
     root: the work directory.
     directory: the folder of its stages.
+    parent: the run of this experiment, and its stage, that it starts from.
     dataset: the images.
     mesh: the devices.
     model: the network.
@@ -114,6 +115,7 @@ class Chain:
   run: Run
   root: epath.Path
   directory: epath.Path
+  parent: tuple['Chain', str] | None
   dataset: Dataset
   mesh: Mesh
   model: models.Model
@@ -127,8 +129,10 @@ class Chain:
   def stages(self) -> list[tuple[str, Training, epath.Path]]:
     """Name, section and folder of each stage."""
     return [
-      (name, settings, self.directory / stage_folder(i, name))
-      for i, (name, settings) in enumerate(self.run.stages)
+      (name, settings, self.directory / folder)
+      for (name, settings), folder in zip(
+        self.run.stages, self.run.folders, strict=True
+      )
     ]
 
 
@@ -172,6 +176,7 @@ def _chains(
 
   splits = {'validation': dataset.validation, 'test': dataset.test}
   chains = []
+  stages: dict[str, tuple[Chain, str]] = {}  # of the runs before, by folder
   for one in experiment.runs:
     model, evaluators = network(one.model)
     is_main = one is experiment.runs[0]
@@ -180,6 +185,7 @@ def _chains(
         run=one,
         root=root,
         directory=root if is_main else root / one.name,
+        parent=stages.get(one.init_from),
         dataset=dataset,
         mesh=mesh,
         model=model,
@@ -190,10 +196,12 @@ def _chains(
         tensorboard=experiment.tensorboard,
       )
     )
+    for folder, (name, _) in zip(one.folders, one.stages, strict=True):
+      stages[folder if is_main else f'{one.name}/{folder}'] = chains[-1], name
   return chains
 
 
-def run_chain(chain: Chain, main: Chain) -> None:
+def run_chain(chain: Chain) -> None:
   """Runs the stages that have no model yet, and evaluates what is new."""
   variables = _first_variables(chain)
   for name, settings, directory in chain.stages:
@@ -204,15 +212,15 @@ def run_chain(chain: Chain, main: Chain) -> None:
       variables = finished
       say(f'{chain.run.name}/{name}: finished before')
     else:
-      _write_request(chain, name, main, directory)
+      _write_request(chain, name, directory)
       variables = _train(chain, name, settings, variables, directory)
     if 'head' in variables['params']:
       _evaluate(chain, directory)
 
 
-def _write_request(chain, name, main, directory):
+def _write_request(chain, name, directory):
   if processes.is_first():
-    request = _request(chain, name, main)
+    request = _request(chain, name)
     write_json(directory / 'request.json', request)
 
 
@@ -269,11 +277,11 @@ def _rehearse(chains: Sequence[Chain]) -> None:
   Raises:
     UserError: a stage can't start from what stands before it.
   """
-  handed_on: dict[str, Variables] = {}  # by the main run, by stage folder
+  handed_on: dict[epath.Path, Variables] = {}  # by stage folder
   for chain in chains:
     fresh = jax.eval_shape(functools.partial(_fresh, chain))
     start = chain.run.init_from
-    variables = handed_on.get(start) or (
+    variables = handed_on.get(chain.root / start) or (
       _first_variables(chain) if start else fresh
     )
     difference = models.mismatch(variables, fresh)
@@ -294,8 +302,7 @@ def _rehearse(chains: Sequence[Chain]) -> None:
       label = f'{chain.run.name}/{name}'
       _warn_of_reach(label, settings)
       _warn_of_thin_layers(label, settings, variables)
-      if chain is chains[0]:
-        handed_on[directory.name] = variables
+      handed_on[directory] = variables
 
 
 def _warn_of_reach(label, settings) -> None:
@@ -426,18 +433,16 @@ def _check_sizes(experiment: Experiment, dataset: Dataset) -> None:
         check_batch(field, section.microbatch, devices)
 
 
-def _request(chain: Chain, stage: str, main: Chain) -> dict[str, Any]:
+def _request(chain: Chain, stage: str) -> dict[str, Any]:
   """The part of the config that decides what a stage's model is."""
   config, start = chain.run.config, chain.run.init_from
   request = {k: config[k] for k in ('seed', 'init_from', 'model')}
   request['data'] = {k: v for k, v in config['data'].items() if k != 'dir'}
-  if start:  # what the stage before was made of, too
-    folders = {folder.name: name for name, _, folder in main.stages}
-    if start in folders and chain is not main:
-      request = _request(main, folders[start], main) | request
-    else:
-      about = read_json(epath.Path(start) / checkpoint.ABOUT, dict)
-      request['init_from'] = f'{start} {about.get("fingerprint")}'
+  if chain.parent:  # what the stage before was made of, too
+    request = _request(*chain.parent) | request
+  elif start:
+    about = read_json(epath.Path(start) / checkpoint.ABOUT, dict)
+    request['init_from'] = f'{start} {about.get("fingerprint")}'
   names = [name for name, _ in chain.run.stages]
   for name in names[: names.index(stage) + 1]:
     request[name] = config[name]
@@ -475,7 +480,7 @@ def _check_requests(
       path = directory / 'request.json'
       if path.exists():
         before = read_json(path, dict)
-        request = _request(chain, stage, chains[0])
+        request = _request(chain, stage)
         if checkpoint.is_model(directory / 'model'):
           before.pop('eval', None), request.pop('eval', None)
         notes.compare(before, request, directory.name, str(directory))

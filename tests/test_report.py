@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rocl_jax import figures, report
+from rocl_jax import figures, published, report
 from rocl_jax.errors import UserError
 from rocl_jax.report.text import eps_text
-from rocl_jax.report.training import published_curves, spearman
+from rocl_jax.report.training import spearman
 
 LAYERS = {
   'encoder/stem/kernel': {'size': 1728, 'kept': 173},
@@ -294,7 +294,7 @@ def test_whole_report(tmp_path):
 def test_published_curves_stand_beside_a_cifar_run(tmp_path):
   make_workdir(tmp_path, 'cifar10', epochs=25)
   # As the published run: its own curve correlates perfectly with itself.
-  stage = published_curves()['runs']['ours']['stages']['finetune']
+  stage = published.curves()['runs']['ours']['stages']['finetune']
   rows = zip(stage['epoch'], stage['loss'], strict=True)
   lines = [json.dumps({'epoch': e, 'loss': x}) for e, x in rows if e]
   (tmp_path / '4_finetune' / 'metrics.jsonl').write_text('\n'.join(lines))

@@ -1,13 +1,11 @@
 """How it was trained: curves, the published ones, examples, densities."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 
 import numpy as np
 
-from rocl_jax import figures
+from rocl_jax import figures, published
 from rocl_jax.report.reading import Workdir
 from rocl_jax.report.records import Record
 from rocl_jax.report.text import (
@@ -55,11 +53,6 @@ def _curve_split(rows: Iterable[Record], preferred: str) -> str:
     if f'{split}_clean_top1' in seen:
       return split
   return preferred
-
-
-def published_curves() -> Record:
-  text = resources.files('rocl_jax') / 'published' / 'curves.json'
-  return json.loads(text.read_text(encoding='utf-8'))
 
 
 def _published_stage(rows: Record, run: str) -> figures.Curve:
@@ -149,9 +142,9 @@ def against_published(out: Writer, work: Workdir) -> None:
     s: work.metrics(work.main_run, s) for s in work.stages(work.main_run)
   }
   metrics = {stage: rows for stage, rows in metrics.items() if rows}
-  published = published_curves()
+  logs = published.curves()
   name = 'ours' if 'pretrain' in metrics else 'baseline2'
-  reference = published['runs'][name]
+  reference = logs['runs'][name]
   split = _curve_split((r for rows in metrics.values() for r in rows), 'test')
   stages, rows = {}, []
   for stage, measured in metrics.items():
@@ -194,8 +187,8 @@ def against_published(out: Writer, work: Workdir) -> None:
       rows,
       2,
     ),
-    published['source'],
-    '\n'.join(f'- {key}: {note}' for key, note in published['notes'].items()),
+    logs['source'],
+    '\n'.join(f'- {key}: {note}' for key, note in logs['notes'].items()),
   )
 
 

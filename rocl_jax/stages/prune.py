@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rocl_jax import masks
 from rocl_jax.adversarial import Adversarial, make_loss
 from rocl_jax.models import Model, maskable
-from rocl_jax.settings import FieldError
+from rocl_jax.settings import FieldError, one_of
 from rocl_jax.trees import flatten, unflatten
 from rocl_jax.types import Stage, Trained
 
@@ -22,26 +22,30 @@ class Settings(Adversarial):
 
   Attributes:
     keep: kept fraction of each layer, in (0, 1]; the sparsity is 1 - keep.
+    scores: what they start from: 'weights', HYDRA's scaled initialisation, or
+      'random', a baseline: without epochs, masks that know nothing.
   """
 
   keep: float
+  scores: str = 'weights'
 
   def __post_init__(self):
     super().__post_init__()
     if not 0 < self.keep <= 1:
       raise FieldError('keep', self.keep, 'a kept fraction in (0, 1]')
+    one_of('scores', self.scores, masks.SCORES)
 
 
 def stage(model: Model, settings: Settings) -> Stage:
   def start(upstream, key):
-    del key
     parts = {k: upstream['params'][k] for k in ('encoder', 'head')}
     params = flatten(parts)
     kernels = maskable(params)
     rest = {p: x for p, x in params.items() if p not in kernels}
     norms = {p: x for p, x in rest.items() if p.startswith('encoder/')}
     fixed = {p: x for p, x in rest.items() if p not in norms}
-    trainable = {'scores': masks.init_scores(kernels), 'norms': norms}
+    scores = masks.SCORES[settings.scores](kernels, key)
+    trainable = {'scores': scores, 'norms': norms}
     frozen = {'kernels': kernels, 'fixed': fixed}
     return Trained(trainable, frozen, upstream['batch_stats'])
 
