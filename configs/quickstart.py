@@ -16,6 +16,13 @@ from configs import cifar10
 
 def get_config(argument: str = '') -> ConfigDict:
   c = cifar10.get_config(argument)
+  scale(c)
+  c.compare = ('rocl', 'magnitude', 'natural')
+  return c
+
+
+def scale(c: ConfigDict) -> None:
+  """Sets the digits, and a network and lengths that suit them."""
   c.save_steps = 100
   c.data.source = 'digits'
   c.data.validation = 137
@@ -44,6 +51,3 @@ def get_config(argument: str = '') -> ConfigDict:
 
   c.eval.eps = '0.1'
   c.eval.suite = ('pgd10',)
-
-  c.compare = ('rocl', 'magnitude', 'natural')
-  return c

@@ -58,6 +58,7 @@ class Run:
       or the path of a model folder.
     model: the network.
     config: the resolved config, as JSON values.
+    directory: where its stages are in the work directory, '' for the main run.
   """
 
   name: str
@@ -66,11 +67,13 @@ class Run:
   init_from: str
   model: models.Settings
   config: dict[str, Any]
+  directory: str
 
   @property
   def folders(self) -> list[str]:
-    """The name of each stage's folder: '1_pretrain' for the first."""
-    return [f'{i}_{stage}' for i, (stage, _) in enumerate(self.stages, 1)]
+    """Each stage's folder in the work directory: '1_pretrain', 'rocl/1_...'."""
+    prefix = f'{self.directory}/' if self.directory else ''
+    return [f'{prefix}{i}_{name}' for i, (name, _) in enumerate(self.stages, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +220,10 @@ def _parse_run(config, name, where):
   for stage in top.stages:
     if stage not in sections:
       raise UserError(f'{where}.{stage}: missing, and the stages name it')
-  name = name or top.name
+  directory, name = name, name or top.name
   run = Run(
     name=name,
+    directory=directory,
     seed=top.seed,
     stages=tuple((stage, sections[stage]) for stage in top.stages),
     init_from=top.init_from,
@@ -243,5 +247,4 @@ def _check_starts(runs):
         f'{where}.init_from: no run before this one has a stage folder '
         f'{start!r} to start from{nearest(start, folders)}'
       )
-    prefix = '' if run is runs[0] else f'{run.name}/'
-    folders += [prefix + folder for folder in run.folders]
+    folders += run.folders

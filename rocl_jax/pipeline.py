@@ -100,7 +100,6 @@ class Chain:
   Attributes:
     run: its stages and settings.
     root: the work directory.
-    directory: the folder of its stages.
     parent: the run of this experiment, and its stage, that it starts from.
     dataset: the images.
     mesh: the devices.
@@ -114,7 +113,6 @@ class Chain:
 
   run: Run
   root: epath.Path
-  directory: epath.Path
   parent: tuple['Chain', str] | None
   dataset: Dataset
   mesh: Mesh
@@ -129,7 +127,7 @@ class Chain:
   def stages(self) -> list[tuple[str, Training, epath.Path]]:
     """Name, section and folder of each stage."""
     return [
-      (name, settings, self.directory / folder)
+      (name, settings, self.root / folder)
       for (name, settings), folder in zip(
         self.run.stages, self.run.folders, strict=True
       )
@@ -179,12 +177,10 @@ def _chains(
   stages: dict[str, tuple[Chain, str]] = {}  # of the runs before, by folder
   for one in experiment.runs:
     model, evaluators = network(one.model)
-    is_main = one is experiment.runs[0]
     chains.append(
       Chain(
         run=one,
         root=root,
-        directory=root if is_main else root / one.name,
         parent=stages.get(one.init_from),
         dataset=dataset,
         mesh=mesh,
@@ -197,7 +193,7 @@ def _chains(
       )
     )
     for folder, (name, _) in zip(one.folders, one.stages, strict=True):
-      stages[folder if is_main else f'{one.name}/{folder}'] = chains[-1], name
+      stages[folder] = chains[-1], name
   return chains
 
 

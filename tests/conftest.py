@@ -1,9 +1,9 @@
 """Four CPU devices, so that sharding is tested where there is one machine.
 
-Programs that several tests compile are compiled once a session, and with
-LLVM's first level of optimisation, which takes half the time; XLA's own passes
-are the same. Of several workers each has cores of its own: their threads would
-wait for each other's.
+Programs that several tests compile, here or in processes of their own, are
+compiled once a session, and with LLVM's first level of optimisation, which
+takes half the time; XLA's own passes are the same. Of several workers each has
+cores of its own: their threads would wait for each other's.
 """
 
 import os
@@ -20,14 +20,15 @@ if _worker and hasattr(os, 'sched_setaffinity'):  # before JAX counts them
 _FLAG = '--xla_backend_optimization_level=1'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 
+if not _worker:  # workers and processes inherit it
+  _CACHE = tempfile.TemporaryDirectory(prefix='rocl_jax_tests')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+
 import jax  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
-
-_CACHE = tempfile.TemporaryDirectory(prefix='rocl_jax_tests')
-jax.config.update('jax_compilation_cache_dir', _CACHE.name)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 # With several workers the long files first, so that none is left for the end.
 _LONG = (

@@ -37,14 +37,11 @@ SMALL = [
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-  """No TensorFlow, and compiled programs shared between the commands."""
+  """TensorFlow is a trap."""
   trap = tmp_path_factory.mktemp('trap')
   (trap / 'tensorflow.py').write_text('raise SystemExit("TensorFlow loaded")')
-  cache = tmp_path_factory.mktemp('cache')
   return os.environ | {
     'PYTHONPATH': f'{trap}{os.pathsep}{ROOT}',
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
     'JAX_PLATFORMS': 'cpu',
   }
 

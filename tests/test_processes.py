@@ -41,14 +41,9 @@ def free_port():
     return s.getsockname()[1]
 
 
-@pytest.fixture(scope='module')
-def environment(tmp_path_factory):
-  return os.environ | {
-    'PYTHONPATH': str(ROOT),
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-    'JAX_PLATFORMS': 'cpu',
-  }
+@pytest.fixture
+def environment():
+  return os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
 
 
 @pytest.fixture
