@@ -58,6 +58,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.data.source = 'tfds'  # or binary, python, folder, digits
   c.data.dir = ''
   c.data.validation = 1000
+  c.data.resident = True  # or streamed, if the devices can't hold the set
 
   c.model = ConfigDict()
   c.model.name = 'resnet18'

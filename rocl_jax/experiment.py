@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rocl_jax import data, evaluation, metrics, models
+from rocl_jax import data, evaluation, metrics, models, stream
 from rocl_jax.errors import UserError, nearest
 from rocl_jax.settings import at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
@@ -35,14 +35,18 @@ class DataSettings:
     source: a name in `data.SOURCES`.
     dir: where the source finds its files.
     validation: training images held out for model selection.
+    resident: whether every device holds the training set, or it is streamed.
   """
 
   source: str
   dir: str
   validation: int
+  resident: bool = True
 
   def __post_init__(self):
     data.check(self.source, self.dir, self.validation)
+    if not self.resident:
+      stream.check()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rocl_jax import (
   optim,
   processes,
   results,
+  stream,
 )
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed, UserError
@@ -75,9 +76,10 @@ def make_step(
 
   Returns:
     (state, data, order, key) -> (state, Seen), to be jitted with the state
-    donated. `data` is the whole training set, `order` [S, B] the epoch's
-    indices; the step takes the row of its own number. Where loss, gradient or
-    what comes of them is not finite the state stays, but for its counts.
+    donated. `data` is the whole training set, or the step's own examples, and
+    `order` [S, B] the epoch's indices; the step takes the row of its own
+    number. Where loss, gradient or what comes of them is not finite the state
+    stays, but for its counts.
   """
 
   def step(
@@ -99,7 +101,7 @@ def make_step(
         return jax.value_and_grad(objective, has_aux=True)(params)
 
     (loss, (batch_stats, values)), grads = _mean_over_parts(
-      part, order[index], key, microbatch
+      part, data.numbers(order[index]), key, microbatch
     )
     (grads,) = to_trainable(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -226,6 +228,7 @@ class StageRun:
     save_steps: steps between saves; at most this many are lost.
     max_skipped: steps in a row whose loss or gradient may be other than finite.
     tensorboard: whether to write scalars for it, too.
+    resident: whether the training set lies on the devices, or is streamed.
   """
 
   name: str
@@ -242,6 +245,7 @@ class StageRun:
   save_steps: int
   max_skipped: int
   tensorboard: bool
+  resident: bool = True
 
 
 def run_stage(run: StageRun) -> Variables:
@@ -268,7 +272,7 @@ def run_stage(run: StageRun) -> Variables:
     lambda: tuple(jax.random.split(stage_key(run.seed, run.name), 3)),
     out_shardings=everywhere,
   )()
-  data = jax.device_put(TrainingSet.of(*run.train), everywhere)
+  data, feed = stream.make(run.train, batch_size, run.mesh, run.resident)
   order_of = jax.jit(
     lambda key, epoch: epoch_order(key, epoch, n, batch_size),
     out_shardings=everywhere,
@@ -304,10 +308,11 @@ def run_stage(run: StageRun) -> Variables:
       for epoch in range(len(rows), epochs):
         began, began_at = time.monotonic(), done
         order = order_of(order_key, epoch)
+        batches = feed(order, done - epoch * steps)
         seen: Seen | None = None
         while done < (epoch + 1) * steps:
           previous = seen
-          state, seen = train_step(state, data, order, step_key)
+          state, seen = train_step(state, next(batches), order, step_key)
           done += 1
           if compiling_since is not None:
             seen.loss.block_until_ready()

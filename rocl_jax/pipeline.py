@@ -109,6 +109,7 @@ class Chain:
     save_steps: steps between saves.
     max_skipped: steps in a row whose loss or gradient may not be finite.
     tensorboard: whether to write scalars for it.
+    resident: whether the devices hold the training set.
   """
 
   run: Run
@@ -122,6 +123,7 @@ class Chain:
   save_steps: int
   max_skipped: int
   tensorboard: bool
+  resident: bool
 
   @property
   def stages(self) -> list[tuple[str, Training, epath.Path]]:
@@ -190,6 +192,7 @@ def _chains(
         save_steps=experiment.save_steps,
         max_skipped=experiment.max_skipped,
         tensorboard=experiment.tensorboard,
+        resident=experiment.data.resident,
       )
     )
     for folder, (name, _) in zip(one.folders, one.stages, strict=True):
@@ -370,6 +373,7 @@ def _train(
       save_steps=chain.save_steps,
       max_skipped=chain.max_skipped,
       tensorboard=chain.tensorboard,
+      resident=chain.resident,
     )
   )
 
@@ -433,7 +437,8 @@ def _request(chain: Chain, stage: str) -> dict[str, Any]:
   """The part of the config that decides what a stage's model is."""
   config, start = chain.run.config, chain.run.init_from
   request = {k: config[k] for k in ('seed', 'init_from', 'model')}
-  request['data'] = {k: v for k, v in config['data'].items() if k != 'dir'}
+  # Where the images are and lie does not change what comes of them.
+  request['data'] = {k: config['data'][k] for k in ('source', 'validation')}
   if chain.parent:  # what the stage before was made of, too
     request = _request(*chain.parent) | request
   elif start:

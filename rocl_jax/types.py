@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-  """All training examples, as they lie on every device.
+  """All training examples, as they lie on every device; or those of one step.
 
   An image is one row: TPUs lay [N, H, W, C] out with the images innermost, and
   to gather some of them they would copy the whole set in each step.
@@ -55,21 +55,29 @@ class TrainingSet:
     images: uint8 [N, H * W * C].
     labels: int32 [N].
     shape: of an image, (H, W, C).
+    one_batch: whether these are a step's own, N = B, split over the devices.
   """
 
   images: Any
   labels: Any
   shape: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+  one_batch: bool = dataclasses.field(default=False, metadata={'static': True})
 
   @classmethod
   def of(cls, images: Any, labels: Any) -> 'TrainingSet':
     """Of images uint8 [N, H, W, C] and their labels."""
     return cls(images.reshape(len(images), -1), labels, images.shape[1:])
 
+  def numbers(self, index: jax.Array) -> jax.Array:
+    """Where the examples are that have these numbers in the training set."""
+    return jax.numpy.arange(len(self.labels)) if self.one_batch else index
+
   def rows(self, index: jax.Array) -> Batch:
-    """The examples of these numbers."""
-    images = self.images[index].reshape(*index.shape, *self.shape)
-    return Batch(images, self.labels[index])
+    """The examples at these places."""
+    images, labels = self.images, self.labels
+    if not (self.one_batch and len(index) == len(labels)):  # else all of them
+      images, labels = images[index], labels[index]
+    return Batch(images.reshape(*index.shape, *self.shape), labels)
 
 
 class Trained(NamedTuple):
