@@ -43,6 +43,8 @@ def eps_text(eps: Any) -> str:
   """0.0313725 -> '0.03137 = 8/255'; 0.031, no such fraction -> '0.031'."""
   if isinstance(eps, bool) or not isinstance(eps, int | float):
     return '–'
+  if not math.isfinite(eps):
+    return str(eps)
   n = round(eps * 255)
   exact = n > 0 and abs(eps * 255 - n) < 1e-3
   return f'{eps:.4g} = {n}/255' if exact else f'{eps:.4g}'
