@@ -336,13 +336,17 @@ def test_scale_and_seeds_are_told(tmp_path, sections):
   path = tmp_path / 'seed1' / 'results.json'
   records = json.loads(path.read_text())
   write_json(path, [r for r in records if r['run'] != 'baseline1'])
-  command = '/x/rocl_jax/reproduce.py --config=configs/paper.py:asrun --seeds=0'
+  words = '--config=configs/paper.py:asrun --seeds=0'
+  command = f'/x/rocl_jax/reproduce/__main__.py {words}'
   write_json(tmp_path / 'seed0' / 'run.json', {'command': command})
   text = text_of(tmp_path, about.introduction, paper.tables, about.commands)
   assert 'another scale' not in text
   assert '| 78.00 (1 of 2) | 32.00 (1 of 2) |' in text
   assert '- Preset: `configs/paper.py:asrun`;' in text
-  assert 'python -m rocl_jax.reproduce --config=configs/paper.py:asrun' in text
+  made = (
+    'python -m rocl_jax.reproduce --config=configs/paper.py:asrun --seeds=0'
+  )
+  assert f'\n{made}\n' in text
   assert '--config=configs/paper.py:table2_ours,asrun' in text
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rocl_jax import published
@@ -138,8 +139,9 @@ def commands(out: Writer, found: Reproduction) -> None:
   first = next(iter(found.seeds))
   parts = ['## Commands']
   if words:
-    program = words[0].rpartition('/')[2].removesuffix('.py')
-    start = 'train.py' if program == 'train' else f'-m rocl_jax.{program}'
+    path = Path(words[0])
+    package = path.parent.name if path.stem == '__main__' else path.stem
+    start = 'train.py' if package == 'train' else f'-m rocl_jax.{package}'
     made = f'python {start} {shlex.join(words[1:])}'.rstrip()
     parts += [
       f'The folder was last written by\n\n```\n{made}\n```',

@@ -137,11 +137,13 @@ def _by_seed(found: Reproduction, model: Model, key: str) -> dict[str, Record]:
     key = 'robust_top1'
   else:
     records = found.records(found.holder(*model), 'pgd10')
-  return {
-    seed: record
-    for seed, record in records.items()
-    if value({seed: record}, key).values and record.get('n')
-  }
+  return {seed: r for seed, r in records.items() if _is_share(r, key)}
+
+
+def _is_share(record: Record, key: str) -> bool:
+  """Whether it has a percentage of some images."""
+  found = value({'': record}, key).values
+  return bool(found) and 0 <= found[0] <= 100 and (record.get('n') or 0) > 0
 
 
 def _paper(ordering: Ordering) -> float | None:
