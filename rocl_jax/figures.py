@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 DPI = 150
@@ -32,6 +32,15 @@ RUN_COLOURS = {
   'natural': VERMILLION,
   'magnitude': GREEN,
   'rocl': PURPLE,
+  # Those of configs/paper.py, without their sparsity.
+  'baseline1': PURPLE,
+  'baseline2': ORANGE,
+  'baseline12': '#5E3C99',
+  'baseline2_natural': VERMILLION,
+  'ours_natural': '#882255',
+  'random': '#8A7A00',
+  'small': INK,
+  'surrogate': '#9A9A9A',
 }
 OTHER_COLOURS = (ORANGE, SKY, INK)
 
@@ -87,12 +96,67 @@ class SecurityCurve(NamedTuple):
   by_steps: tuple[Sequence[float], Sequence[float]]
 
 
+class Point(NamedTuple):
+  """One model in a picture of accuracy against something; percent.
+
+  Attributes:
+    method: its line.
+    x: what it is set against.
+    clean, robust: accuracies, each with its standard deviation or NaN.
+    mark: what else sets it apart from others of its line, such as '90 %'.
+  """
+
+  method: str
+  x: float
+  clean: tuple[float, float]
+  robust: tuple[float, float]
+  mark: str
+
+
+class StagePoint(NamedTuple):
+  """One model and its published figures, in percent; NaN where unknown.
+
+  Attributes:
+    run: decides the colour.
+    method: the title of its group.
+  """
+
+  run: str
+  method: str
+  stage: str
+  clean: float
+  robust: float
+  published_clean: float
+  published_robust: float
+
+
+class Histogram(NamedTuple):
+  """Counts between edges, under a name."""
+
+  name: str
+  edges: Sequence[float]
+  counts: Sequence[float]
+
+
 def run_colours(runs: Sequence[str]) -> dict[str, str]:
-  """A colour for each run: the same one in every picture of a report."""
-  others = [run for run in dict.fromkeys(runs) if run not in RUN_COLOURS]
-  return RUN_COLOURS | {
-    run: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, run in enumerate(others)
-  }
+  """A colour for each run: the same one in every picture of a report.
+
+  `ours_90` has that of `ours`, and `ours_99` a lighter one.
+  """
+  colours: dict[str, Any] = dict(RUN_COLOURS)
+  others = 0
+  for run in dict.fromkeys(runs):
+    method, _, sparsity = run.rpartition('_')
+    if run in colours:
+      continue
+    if method in RUN_COLOURS and sparsity.isdigit():
+      depth = np.array(0.5 if sparsity == '99' else 1.0)
+      red, green, blue = _tint(RUN_COLOURS[method], depth)
+      colours[run] = to_hex((red, green, blue))
+    else:
+      colours[run] = OTHER_COLOURS[others % len(OTHER_COLOURS)]
+      others += 1
+  return colours
 
 
 def _tidy(ax: Axes, grid: str = 'y') -> None:
@@ -224,9 +288,11 @@ def _legend(
 
 
 def _columns(figure: Figure, labels: list[str]) -> int:
-  """How many entries of a legend fit beside each other, six at most."""
+  """How many entries of a legend to a row, six at most, in rows as full."""
   widest = 0.6 + 0.08 * max(map(len, labels), default=0)
-  return max(1, min(len(labels), 6, int(figure.get_figwidth() / widest)))
+  fitting = max(1, min(len(labels), 6, int(figure.get_figwidth() / widest)))
+  rows = max(1, -(-len(labels) // fitting))
+  return max(1, -(-len(labels) // rows))
 
 
 def against_published(
@@ -739,6 +805,150 @@ def density(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
     _tidy(ax, grid='x')
     ax.tick_params(axis='y', length=0)
   left.tick_params(axis='y', labelcolor=INK, labelsize=8.5)
+  return figure
+
+
+def against(
+  points: Sequence[Point], x_label: str, ticks: Sequence[str] = ()
+) -> Figure:
+  """Clean and robust accuracy, a line for each method.
+
+  Args:
+    points: x is a place among the ticks, or a number on a logarithmic axis.
+    x_label: what x is.
+    ticks: names of the places 0, 1, ...; methods stand beside each other there.
+  """
+  methods = list(dict.fromkeys(point.method for point in points))
+  marks = dict.fromkeys(point.mark for point in points)
+  shapes = dict(zip(marks, 'osD^v*', strict=False))
+  colours = run_colours(methods)
+  figure = Figure(figsize=(8.4, 4.2), layout='constrained')
+  panels = figure.subplots(1, 2)
+  for ax, key in zip(panels, ('clean', 'robust'), strict=True):
+    for i, method in enumerate(methods):
+      aside = 0.09 * (i - (len(methods) - 1) / 2) if ticks else 0.0
+      drawn = sorted(p for p in points if p.method == method)
+      drawn = [p for p in drawn if _measured(getattr(p, key)[:1])]
+      x = [p.x + aside for p in drawn]
+      y = [getattr(p, key)[0] for p in drawn]
+      colour = colours[method]
+      ax.plot(x, y, color=colour, linewidth=1.3, alpha=0.55)
+      for point, at in zip(drawn, x, strict=True):
+        height, spread = getattr(point, key)
+        ax.errorbar(
+          at,
+          height,
+          yerr=spread if np.isfinite(spread) else None,
+          color=colour,
+          marker=shapes.get(point.mark, 'o'),
+          markersize=6,
+          capsize=2,
+        )
+    _tidy(ax)
+    ax.set_title(key, fontsize=11, color=INK, fontweight='bold')
+    ax.set_xlabel(x_label, fontsize=10, color=INK)
+    if ticks:
+      ax.set_xticks(range(len(ticks)), ticks)
+      ax.set_xlim(-0.4, len(ticks) - 0.6)
+    else:
+      ax.set_xscale('log')
+      ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      ax.xaxis.set_major_formatter(EngFormatter())
+      ax.xaxis.set_minor_locator(NullLocator())
+    low, high = ax.get_ylim()
+    short = max(0.0, 10 - (high - low)) / 2  # noise is not to look like much
+    ax.set_ylim(low - short, high + short)
+  panels[0].set_ylabel('accuracy, %', fontsize=10, color=INK)
+  handles = [Line2D([], [], color=colours[m], linewidth=2) for m in methods]
+  labels = list(methods)
+  if not ticks:
+    handles += [
+      Line2D([], [], color=MUTED, marker=shape, linestyle='', markersize=6)
+      for shape in shapes.values()
+    ]
+    labels += list(shapes)
+  _legend(figure, handles, labels)
+  return figure
+
+
+def by_stage(rows: Sequence[StagePoint]) -> Figure:
+  """Every method's stages side by side, with the published figures."""
+  methods = list(dict.fromkeys(row.method for row in rows))
+  by_run = run_colours([row.run for row in rows])
+  colours = {row.method: by_run[row.run] for row in rows}
+  size = (max(1.4 + 0.55 * len(rows), 6), 4.6)
+  figure = Figure(figsize=size, layout='constrained')
+  ax = figure.subplots()
+  x, places, middles = 0.0, [], []
+  for method in methods:
+    own = [row for row in rows if row.method == method]
+    middles.append(x + (len(own) - 1) / 2)
+    for row in own:
+      colour = colours[method]
+      ax.vlines(x, row.robust, row.clean, color=colour, linewidth=4, alpha=0.25)
+      for height, there, filled in (
+        (row.clean, row.published_clean, False),
+        (row.robust, row.published_robust, True),
+      ):
+        ax.hlines(there, x - 0.32, x + 0.32, color=INK, linewidth=1.4)
+        dot = _dot(colour, filled)
+        dot.set_data([x], [height])
+        dot.set_markersize(8)
+        ax.add_line(dot)
+      places.append(x)
+      x += 1
+    x += 0.7
+  ax.set_xticks(places, [row.stage for row in rows])
+  for label in ax.get_xticklabels():
+    label.set(rotation=40, ha='right', rotation_mode='anchor')
+  for method, middle in zip(methods, middles, strict=True):
+    ax.annotate(
+      '\n'.join(textwrap.wrap(method, 15)),
+      (middle, 1),
+      xycoords=('data', 'axes fraction'),
+      xytext=(0, 4),
+      textcoords='offset points',
+      ha='center',
+      va='bottom',
+      fontsize=9.5,
+      fontweight='bold',
+      color=colours[method],
+    )
+  ax.set_ylim(-3, 103)
+  ax.set_xlim(-0.8, x - 0.9)
+  _tidy(ax)
+  ax.tick_params(axis='x', labelcolor=INK)
+  ax.set_ylabel('accuracy, %', fontsize=10, color=INK)
+  handles = [_dot(MUTED, False), _dot(MUTED, True)]
+  handles.append(Line2D([], [], color=INK, linewidth=1.4))
+  _legend(figure, handles, ['clean', 'robust', 'published'])
+  return figure
+
+
+def histograms(panels: Mapping[str, Sequence[Histogram]]) -> Figure:
+  """Counts on a logarithmic axis, a panel for each quantity."""
+  size = (4.4 * max(len(panels), 1), 3.8)
+  figure = Figure(figsize=size, layout='constrained')
+  axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+  for ax, (label, drawn) in zip(axes, panels.items(), strict=True):
+    # The later the thinner: lines that agree are seen all the same.
+    styles = ((ORANGE, 3.6, '-'), (BLUE, 1.8, '-'), (INK, 1.2, DASHED))
+    for histogram, (colour, width, dashes) in zip(drawn, styles, strict=False):
+      ax.stairs(
+        histogram.counts,
+        histogram.edges,
+        color=colour,
+        linewidth=width,
+        linestyle=dashes,
+        label=histogram.name,
+      )
+    ax.set_yscale('log')
+    # Room for the legend above the highest bar.
+    ax.set_ylim(0.7, 12 * max((max(h.counts) for h in drawn), default=1))
+    _tidy(ax)
+    ax.set_xlabel(label, fontsize=10, color=INK)
+    ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc='upper right')
+  axes[0].set_ylabel('weights', fontsize=10, color=INK)
   return figure
 
 

@@ -3,14 +3,29 @@
   python -m rocl_jax.report runs/quickstart
 
 reads `runs/quickstart` and writes `runs/quickstart/report.md` with its
-pictures in `runs/quickstart/figures`. A run in progress gives a report of what
-there is, and the same files always give the same text.
+pictures in `runs/quickstart/figures`, and the same as one file, `report.html`.
+A run in progress gives a report of what there is, and the same files always
+give the same text.
+
+A folder with `seed0`, `seed1` and so on is a reproduction of the paper: each of
+them gets its own report, and the folder one that sets them beside the paper's
+tables.
 """
 
 from pathlib import Path
 
-from rocl_jax.report import robustness, tables, training
-from rocl_jax.report.reading import Workdir
+from rocl_jax.report import (
+  about,
+  findings,
+  orderings,
+  paper,
+  pictures,
+  robustness,
+  tables,
+  training,
+)
+from rocl_jax.report.reading import Workdir, load_results
+from rocl_jax.report.reproduction import Reproduction, seed_folders
 from rocl_jax.report.tables import (
   evaluation_table,
   terminal_table,
@@ -18,12 +33,37 @@ from rocl_jax.report.tables import (
 )
 from rocl_jax.report.text import Writer
 
-__all__ = ['evaluation_table', 'terminal_table', 'transfer_table', 'write']
+__all__ = [
+  'evaluation_table',
+  'summary',
+  'terminal_table',
+  'transfer_table',
+  'write',
+]
 
 
 def write(workdir: str) -> str:
-  """Writes `report.md` and its pictures; the path of the report."""
-  work = Workdir(Path(workdir))
+  """Writes `report.md`, `report.html` and pictures; the path of the first."""
+  path = Path(workdir)
+  folders = seed_folders(path)
+  if not folders:
+    return _write_run(path)
+  found = Reproduction(path)  # a broken file is told before anything is done
+  for folder in folders:
+    _write_run(folder)
+  return _write_reproduction(found)
+
+
+def summary(workdir: str) -> str:
+  """The main numbers in plain text."""
+  path = Path(workdir)
+  if seed_folders(path):
+    return paper.terminal_table(Reproduction(path))
+  return terminal_table(load_results(path))
+
+
+def _write_run(path: Path) -> str:
+  work = Workdir(path)
   out = Writer(work.path)
   tables.introduction(out, work)
   shown = tables.main_results(out, work)
@@ -39,4 +79,23 @@ def write(workdir: str) -> str:
   training.density(out, work)
   tables.others(out, work, shown)
   tables.protocol(out, work)
+  return out.save()
+
+
+def _write_reproduction(found: Reproduction) -> str:
+  out = Writer(found.path)
+  about.introduction(out, found)
+  paper.tables(out, found)
+  orderings.section(out, found)
+  findings.section(out, found)
+  paper.selections(out, found)
+  paper.attacks(out, found)
+  paper.baselines(out, found)
+  pictures.by_stage(out, found)
+  pictures.against_sparsity(out, found)
+  pictures.curves(out, found)
+  training.density(out, found.first)
+  pictures.histograms(out, found)
+  tables.protocol(out, found.first)
+  about.commands(out, found)
   return out.save()

@@ -1,13 +1,10 @@
-from pathlib import Path
-
 from rocl_jax import command, report
-from rocl_jax.report.reading import load_results
 
 
 def main(arguments: list[str]) -> None:
   (workdir,) = arguments
   path = report.write(workdir)
-  print(report.terminal_table(load_results(Path(workdir))))
+  print(report.summary(workdir))
   print(f'\nReport, curves and pictures: {path}')
 
 

@@ -188,6 +188,18 @@ def _read_transfers(path: Path) -> list[Record]:
   return records
 
 
+def _read_model(path: Path) -> Record:
+  """What `model.json` says, the layers' counts checked."""
+  model = _read_object(path)
+  _require(str(path), model, {'sparsity': NUMBER_OR_NOT})
+  layers = model.setdefault('layers', {})
+  _require(f'{path}: layers', layers, {})
+  for name, layer in layers.items():
+    title = ' '.join(name.split())[:80]  # one line, whatever it is
+    _require(f'{path}: layer {title}', layer, {'size': int, 'kept': int})
+  return model
+
+
 def _read_examples(path: Path) -> Record:
   data = _read_object(path)
   _require(str(path), data, {'eps': NUMBER_OR_NOT})
@@ -285,6 +297,7 @@ class Workdir:
     folders: {run: {stage: folder}}, in order.
     split: the images of the main tables.
     headline: the evaluation of the main tables, see `find_headline`.
+    command: that which last ran here, or ''.
   """
 
   def __init__(self, path: Path) -> None:
@@ -296,6 +309,9 @@ class Workdir:
     self.headline = find_headline(self.records, self.split)
     config = path / 'config.json'
     self.config = _read_object(config) if config.is_file() else {}
+    run = path / 'run.json'
+    command = _read_object(run).get('command') if run.is_file() else None
+    self.command = command if isinstance(command, str) else ''
     main = _stage_folders(path)
     others = {
       folder.name: stages
@@ -341,7 +357,7 @@ class Workdir:
 
   def model(self, run: str, stage: str) -> Record:
     path = self._file(run, stage, 'model/model.json')
-    return _read_object(path) if path else {}
+    return _read_model(path) if path else {}
 
   def examples(self, run: str, stage: str) -> Record:
     path = self._file(run, stage, 'examples.json')
@@ -365,6 +381,11 @@ class Workdir:
   def _file(self, run: str, stage: str, name: str) -> Path | None:
     folder = self.folders.get(run, {}).get(stage)
     return folder / name if folder and (folder / name).is_file() else None
+
+  def place(self, run: str, stage: str) -> str:
+    """A stage's folder within the work directory."""
+    folder = self.folders.get(run, {}).get(stage)
+    return folder.relative_to(self.path).as_posix() if folder else stage
 
   def stages(self, run: str) -> list[str]:
     """A run's stages in order: its folders, its plan, then its records."""

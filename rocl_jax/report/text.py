@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rocl_jax import figures
+from rocl_jax.report import html
 from rocl_jax.report.records import Record, attacked
 
 DATASETS = {
@@ -42,6 +43,8 @@ def eps_text(eps: Any) -> str:
   """0.0313725 -> '0.03137 = 8/255'; 0.031, no such fraction -> '0.031'."""
   if isinstance(eps, bool) or not isinstance(eps, int | float):
     return '–'
+  if not math.isfinite(eps):
+    return str(eps)
   n = round(eps * 255)
   exact = n > 0 and abs(eps * 255 - n) < 1e-3
   return f'{eps:.4g} = {n}/255' if exact else f'{eps:.4g}'
@@ -121,7 +124,7 @@ def file_name(text: str) -> str:
 
 
 class Writer:
-  """Collects Markdown and writes the pictures it refers to."""
+  """Collects Markdown and writes the pictures it refers to, then both forms."""
 
   def __init__(self, folder: Path) -> None:
     self.folder = folder
@@ -139,7 +142,12 @@ class Writer:
   def save(self) -> str:
     path = self.folder / 'report.md'
     content = '\n\n'.join(self.parts) + '\n'
+    page = html.page(content, self.folder)
     _replace(path, lambda tmp: tmp.write_text(content, encoding='utf-8'))
+    _replace(
+      path.with_suffix('.html'),
+      lambda tmp: tmp.write_text(page, encoding='utf-8'),
+    )
     return str(path)
 
 

@@ -136,22 +136,35 @@ def curves(out: Writer, work: Workdir) -> None:
 
 def against_published(out: Writer, work: Workdir) -> None:
   """The published runs are on CIFAR-10: nothing else is set against them."""
-  if work.datasets() != ['cifar10']:
-    return
-  metrics = {
-    s: work.metrics(work.main_run, s) for s in work.stages(work.main_run)
-  }
+  if work.datasets() == ['cifar10']:
+    pretrained = bool(work.metrics(work.main_run, 'pretrain'))
+    name = 'ours' if pretrained else 'baseline2'
+    shape(out, work, work.main_run, work.config, name)
+
+
+def shape(
+  out: Writer, work: Workdir, run: str, config: Mapping, name: str
+) -> None:
+  """A run's curves over those of a published one.
+
+  Args:
+    out: where to.
+    work: what has the run's metrics.
+    run: the run.
+    config: its config, for the planned epochs.
+    name: of the published run, see `published.curves`.
+  """
+  metrics = {s: work.metrics(run, s) for s in work.stages(run)}
   metrics = {stage: rows for stage, rows in metrics.items() if rows}
   logs = published.curves()
-  name = 'ours' if 'pretrain' in metrics else 'baseline2'
   reference = logs['runs'][name]
   split = _curve_split((r for rows in metrics.values() for r in rows), 'test')
   stages, rows = {}, []
   for stage, measured in metrics.items():
     if stage not in reference['stages']:
       continue
-    here = _curve(work.main_run, measured, split)
-    length = _planned_epochs(work.config, stage, max(here.x)) or 1
+    here = _curve(run, measured, split)
+    length = _planned_epochs(config, stage, max(here.x)) or 1
     here = here._replace(x=[x / length for x in here.x])
     there = _published_stage(reference['stages'][stage], 'published')
     stages[stage] = (here, there)
@@ -166,15 +179,16 @@ def against_published(out: Writer, work: Workdir) -> None:
   lengths = ', '.join(
     f'{stage} {max(reference["stages"][stage]["epoch"])}' for stage in stages
   )
+  main = run == work.main_run
   out.text(
-    '## Shape against the published curves',
+    f'## Shape against the published curves{"" if main else f": {run}"}',
     f'Published: {reference["title"]} (epochs: {lengths}), full-size network '
     f'and all of CIFAR-10. This run has a scale of its own, so the level of a '
     'curve need not agree; its shape should. Accuracy of this run is on '
     f'{split} images, the published one on test images.',
   )
   out.picture(
-    'published',
+    'published' if main else f'published_{file_name(run)}',
     'This run and the published one by the fraction of each stage',
     figures.against_published(stages, split, reference['title']),
   )
@@ -187,9 +201,10 @@ def against_published(out: Writer, work: Workdir) -> None:
       rows,
       2,
     ),
-    logs['source'],
-    '\n'.join(f'- {key}: {note}' for key, note in logs['notes'].items()),
   )
+  if main:  # once is enough
+    notes = [f'- {key}: {note}' for key, note in logs['notes'].items()]
+    out.text(logs['source'], '\n'.join(notes))
 
 
 def density(out: Writer, work: Workdir) -> None:
@@ -202,7 +217,7 @@ def density(out: Writer, work: Workdir) -> None:
     return
   model = pruned[0]
   layers = {
-    name: (int(layer['size']), int(layer['kept']))
+    name: (layer['size'], layer['kept'])
     for name, layer in model['layers'].items()
   }
   which = f'run {model.get("run")}, stage {model.get("stage")}'
