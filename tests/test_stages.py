@@ -140,10 +140,15 @@ def test_compiles_nothing_after_the_first_epoch(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', STAGES)
 def test_resumes_bit_exactly(name, tmp_path, monkeypatch):
   """Stopped twice within an epoch, on the way to the next save, and run on."""
-  start = lambda folder: loop.run_stage(
-    stage_run(name, tmp_path / folder, measure=stem_size)
-  )
-  wanted = start('straight')
+  runs = {
+    folder: stage_run(name, tmp_path / folder, measure=stem_size)
+    for folder in ('straight', 'stopped')
+  }
+  check_resumed(runs['straight'], runs['stopped'], monkeypatch)
+
+
+def check_resumed(straight, stopped, monkeypatch):
+  wanted = loop.run_stage(straight)
   for stop in (5, 8):
 
     def show(self, done, note, stop=stop):
@@ -153,19 +158,30 @@ def test_resumes_bit_exactly(name, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(loop.Progress, 'show', show)
       with pytest.raises(Interruption):
-        start('stopped')
-    saves = tmp_path / 'stopped' / 'checkpoints'
+        loop.run_stage(stopped)
+    saves = stopped.directory / 'checkpoints'
     assert max(int(p.name) for p in saves.iterdir()) == stop // 3 * 3
-  actual = start('stopped')
+  actual = loop.run_stage(stopped)
 
   assert_equal_trees(actual, wanted)
-  straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+  straight, stopped = straight.directory, stopped.directory
   assert rows_without_clocks(stopped) == rows_without_clocks(straight)
   for folder in ('model', 'best_validation'):
-    one, about = checkpoint.load_model(epath.Path(stopped) / folder)
-    other, about_other = checkpoint.load_model(epath.Path(straight) / folder)
+    one, about = checkpoint.load_model(stopped / folder)
+    other, about_other = checkpoint.load_model(straight / folder)
     assert_equal_trees(one, other)
     assert about == about_other
+
+
+@pytest.mark.parametrize('name', ['linear_eval', 'supervised'])
+def test_streamed_is_as_if_on_the_devices(name, tmp_path, monkeypatch):
+  """To the bit, on two devices, and wherever it is stopped."""
+  straight, stopped = (
+    stage_run(name, tmp_path / folder, 2, stem_size, loss='natural')
+    for folder in ('straight', 'stopped')
+  )
+  stopped = dataclasses.replace(stopped, resident=False)
+  check_resumed(straight, stopped, monkeypatch)
 
 
 # What moves in a stage: patterns of paths in what it hands on.
