@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from rocl_jax import checkpoint
+from rocl_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
@@ -145,6 +148,41 @@ def test_a_process_that_dies_is_named(start, tmp_path):
   assert 'Traceback' not in errors
   run = json.loads((tmp_path / 'run.json').read_text())
   assert run['host'] in errors
+
+
+@pytest.mark.slow
+def test_large_images_stream_to_each_process(start, environment, tmp_path):
+  """A folder as of ImageNet: two processes that read a part each, and one of
+  two devices that hold all."""
+  random = np.random.default_rng(0)
+  for split, count in (('train', 20), ('test', 4)):
+    for name in ('n01440764', 'n01443537'):
+      folder = tmp_path / 'images' / split / name
+      folder.mkdir(parents=True)
+      for i in range(count):
+        pixels = random.integers(0, 256, (224, 224, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f'{name}_{i}.JPEG')
+  config = [*SMALL, '--config.data.source=folder', '--config.data.validation=4']
+  config += [f'--config.data.dir={tmp_path / "images"}']
+  config += ['--config.supervised.batch_size=8']
+  streamed = ['--config.data.resident=false', f'--workdir={tmp_path / "parts"}']
+  for status, errors in end(start(*config, *streamed), timeout=600):
+    assert status == 0, errors
+  flags = environment.get('XLA_FLAGS', '')
+  flags += ' --xla_force_host_platform_device_count=2'
+  environment['XLA_FLAGS'] = flags
+  ((status, errors),) = end(
+    start(*config, f'--workdir={tmp_path / "whole"}', count=1), timeout=600
+  )
+  assert status == 0, errors
+  one, other = (
+    checkpoint.load_model(epath.Path(tmp_path) / name / '1_supervised/model')[0]
+    for name in ('parts', 'whole')
+  )
+  one, other = flatten(one), flatten(other)
+  assert one.keys() == other.keys()
+  for path in one:
+    np.testing.assert_array_equal(one[path], other[path], err_msg=path)
 
 
 def test_the_first_process_that_dies_is_named(environment):
