@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rocl_jax import data, evaluation, metrics, models
 from rocl_jax.errors import UserError, nearest
+from rocl_jax.remote import is_remote
 from rocl_jax.settings import at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
@@ -235,9 +236,14 @@ def _check_starts(runs):
   folders = [stage_folder(i, s) for i, (s, _) in enumerate(main.stages)]
   for run in runs:
     start = run.init_from
+    where = 'config' if run is main else f'config.baselines.{run.name}'
+    if is_remote(start):
+      raise UserError(
+        f'{where}.init_from: found {start}, wanted a folder of this machine, '
+        'or a stage folder of the main run'
+      )
     looks_like_one = start[:1].isdigit() and '/' not in start
     if looks_like_one and (run is main or start not in folders):
-      where = 'config' if run is main else f'config.baselines.{run.name}'
       raise UserError(
         f'{where}.init_from: the main run has no stage folder {start!r} to '
         f'start from{nearest(start, folders)}'

@@ -4,13 +4,16 @@
 
 reads `runs/quickstart` and writes `runs/quickstart/report.md` with its
 pictures in `runs/quickstart/figures`. A run in progress gives a report of what
-there is, and the same files always give the same text.
+there is, and the same files always give the same text. gs://bucket/run is read
+and written there.
 """
 
+import contextlib
 from pathlib import Path
 
+from rocl_jax import mirror
 from rocl_jax.report import robustness, tables, training
-from rocl_jax.report.reading import Workdir
+from rocl_jax.report.reading import FILES, Workdir
 from rocl_jax.report.tables import (
   evaluation_table,
   terminal_table,
@@ -18,7 +21,20 @@ from rocl_jax.report.tables import (
 )
 from rocl_jax.report.text import Writer
 
-__all__ = ['evaluation_table', 'terminal_table', 'transfer_table', 'write']
+__all__ = [
+  'evaluation_table',
+  'opened',
+  'terminal_table',
+  'transfer_table',
+  'write',
+]
+
+
+def opened(workdir: str) -> contextlib.AbstractContextManager[str]:
+  """The folder to read and to write a report in: of a URL a short-lived copy
+  of what a report is made of."""
+  wanted = lambda name: name.rpartition('/')[2] in FILES
+  return mirror.copied(workdir, 'WORKDIR', wanted)
 
 
 def write(workdir: str) -> str:

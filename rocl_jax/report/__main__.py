@@ -6,8 +6,9 @@ from rocl_jax.report.reading import load_results
 
 def main(arguments: list[str]) -> None:
   (workdir,) = arguments
-  path = report.write(workdir)
-  print(report.terminal_table(load_results(Path(workdir))))
+  with report.opened(workdir) as folder:
+    path = report.write(folder).replace(folder, workdir)
+    print(report.terminal_table(load_results(Path(folder))))
   print(f'\nReport, curves and pictures: {path}')
 
 
