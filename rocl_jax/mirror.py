@@ -136,7 +136,8 @@ class _Mirror:
     self._url = url = self._remote.url
     self._field, self._claim, self._wanted = field, claim, wanted
     self._known: dict[str, tuple[int, int] | None] = {}  # what is there
-    self._ours: set[bytes] = set()  # what the claim there may say
+    self._found = b''  # what the claim there said at first
+    self._ours: set[bytes] = set()  # what it may say
     self._held = False  # whether it says that this process holds the place
     self._lost: str | None = None  # who has taken it
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
@@ -166,10 +167,10 @@ class _Mirror:
   def _meet(self, begins):
     """Looks at the place, and waits until nobody holds it."""
     names = [name for name in self._remote.names() if self._belongs(name)]
-    found = self._remote.read(self._claim)
+    found = self._found = self._remote.read(self._claim) or b''
     if not (begins or names):
       raise UserError(f'{self._field}: {self._url}: nothing is there')
-    if begins and names and found is None:
+    if begins and names and not found:
       raise UserError(
         f'{self._field}: {self._url} holds files and no {self._claim}; wanted '
         'a new folder, or that of an earlier run'
@@ -179,8 +180,8 @@ class _Mirror:
     there = self._remote.modified(probe)
     self._remote.remove(probe)
     self._skew, since = there - time.time(), there - time.monotonic()
-    holder = workdir.parse(found or b'')
-    if holder.get('status') == 'running' and not self._was_ours(found):
+    holder = workdir.parse(found)
+    if holder.get('status') == 'running' and not self._was_ours():
       workdir.await_silence(
         self._url,
         self._field,
@@ -188,17 +189,16 @@ class _Mirror:
         lambda: (time.monotonic() + since, self._remote.modified(self._claim)),
       )
 
-  def _was_ours(self, found):
+  def _was_ours(self):
     """Whether nobody has held the place since a run here did not push all."""
     mine = [_content(self._unpushed), _content(self.folder / self._claim)]
-    return self._unpushed.exists() and (found or b'') in mine
+    return self._unpushed.exists() and self._found in mine
 
   def pull(self) -> None:
     """Makes the folder what the storage has; see the head of this file."""
     try:
-      found = self._remote.read(self._claim)
       names = {n for n in self._remote.names() if self._belongs(n)}
-      if self._was_ours(found):
+      if self._was_ours():
         say(f'{self._url}: goes on from {self.folder}, which was not all there')
         same = _same(self._remote, self.folder, names)
         here = _stats(self.folder)
@@ -219,7 +219,7 @@ class _Mirror:
       raise RunFailed(f'{self._url}: could not be fetched: {told(e)}') from None
     self._known.pop(self._claim, None)
     self._before = _stat(self.folder / self._claim)
-    self._ours = {found or b''}
+    self._ours = {self._found}
 
   def _set_aside(self):
     if not self._unpushed.exists():

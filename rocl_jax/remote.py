@@ -51,6 +51,8 @@ class Remote:
     options: dict[str, Any] = {'use_listings_cache': False}
     if protocol in ('file', 'local'):
       options['auto_mkdir'] = True
+    if protocol in ('gs', 'gcs'):
+      options['consistency'] = 'md5'  # what came is compared with what went
     try:
       self._fs, self._root = fsspec.url_to_fs(url, **options)
     except ImportError as e:

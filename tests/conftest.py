@@ -35,6 +35,7 @@ _LONG = (
   'stages',
   'processes',
   'launch',
+  'mirror',
   'benchmark',
   'autoattack_reference',
 )

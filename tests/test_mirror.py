@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -237,13 +238,14 @@ def an_epoch(folder):
   write_json(folder / 'metrics.jsonl', [2])
   seal(folder / 'best', 'second')
   seal(folder / 'checkpoints' / '12', 'twelve')
-  shutil.rmtree(folder / 'checkpoints' / '4')
+  for step in ('4', '8'):
+    shutil.rmtree(folder / 'checkpoints' / step)
   write_json(folder / 'results.json', ['second'])
   seal(folder / 'model', 'last')
 
 
 def test_a_push_may_end_anywhere(url, bucket, machine, kill_at, monkeypatch):
-  """Whoever goes on elsewhere finds folders whole or not sealed, and nothing
+  """[35] Who goes on elsewhere finds folders whole or not sealed, and nothing
   sealed before what it builds on; who goes on here loses nothing."""
   monkeypatch.setattr(workdir, '_SILENCE', 0.0)  # the dead are known to be
   for stop in range(1, 60):
@@ -278,7 +280,7 @@ def test_a_push_may_end_anywhere(url, bucket, machine, kill_at, monkeypatch):
     for name in ('best', 'model', 'checkpoints/8', 'checkpoints/12'):
       if manifest.is_sealed(epath.Path(folder / name)):
         found[name] = sealed_content(folder / name)
-    assert found['checkpoints/8'] == '8'
+    assert 'checkpoints/8' in found or 'checkpoints/12' in found
     assert found.get('best', 'second') in ('first', 'second')
     if 'checkpoints/12' in found:
       assert found['best'] == 'second'
@@ -299,11 +301,11 @@ def test_a_push_may_end_anywhere(url, bucket, machine, kill_at, monkeypatch):
       again.close()
     assert wanted.items() <= files(bucket).items() and wanted != before
     more = files(bucket).keys() - wanted.keys()  # of what was being deleted
-    assert all(name.startswith('checkpoints/4/') for name in more)
-    assert not (bucket / 'checkpoints' / '4' / manifest.MANIFEST).exists()
+    assert all(re.match('checkpoints/[48]/', name) for name in more)
+    assert not any(name.endswith(manifest.MANIFEST) for name in more)
     if not killed:
       break
-  assert stop == 21  # 3 + 4 files, 4 + 4 deletions, 3 manifests, 2 others
+  assert stop == 25
 
 
 def test_a_folder_that_is_replaced_meanwhile_is_not_sealed(
@@ -404,7 +406,7 @@ def test_what_did_not_get_there_is_kept(
 
 
 def test_one_run_a_place(url, bucket, machine, quick, monkeypatch):
-  """On this machine at once; of another while it gives signs of life."""
+  """[36] On this machine at once; of another while it gives signs of life."""
   with running(url):
     with pytest.raises(UserError, match='--workdir: .*is in use by process'):
       with running(url):
