@@ -6,7 +6,8 @@
 --config=FILE[:ARGUMENT]   configs/quickstart.py, configs/cifar10.py, or
                            configs/cifar10.py:asrun, what published logs show;
                            --config.FIELD=VALUE overrides fields
---workdir=FOLDER           where everything goes; the same command resumes
+--workdir=FOLDER           where everything goes; the same command resumes. Also
+                           gs://bucket/run: pip install 'rocl-jax[gcs]'
 --coordinator=HOST:PORT --processes=N --process=I
                            one of N processes that train together; the first,
                            0, is at HOST:PORT and writes the work directory.
@@ -47,7 +48,8 @@ def main(_: list[str]) -> None:
   allowed = flags.FLAGS.allow_change
   records = pipeline.run(flags.FLAGS.config, workdir, allowed)
   if processes.is_first():
-    path = report.write(workdir)
+    with report.opened(workdir) as folder:
+      path = report.write(folder).replace(folder, workdir)
     print(report.terminal_table(records))
     print(f'\nReport, curves and pictures: {path}')
   processes.finish()

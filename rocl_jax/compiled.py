@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
-import os
 import pathlib
 import platform
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from rocl_jax.files import cache_folder
 
 # XLA's default fusion of convolutions on the CPU uses one thread for some
 # shapes; without it attack steps are about a quarter faster.
@@ -44,9 +45,8 @@ def keep_programs() -> None:
   """
   if jax.config.values['jax_compilation_cache_dir'] is not None:
     return
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   kind = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
-  folder = pathlib.Path(home).expanduser() / 'rocl_jax' / f'xla-{kind}'
+  folder = cache_folder() / f'xla-{kind}'
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:  # no home, or a read-only one: compile anew each time

@@ -3,7 +3,8 @@ r"""Evaluates saved models, and audits what it finds.
   python -m rocl_jax.evaluate --model=W/4_finetune/model \
       --config=configs/eval.py:standard
 
---model=FOLDER[,FOLDER]    model folders, with their own masks
+--model=FOLDER[,FOLDER]    model folders, with their own masks; also
+                           gs://bucket/run/4_finetune/model
 --config=FILE[:SUITE]      attacks and images: configs/eval.py:paper, :quick,
                            :standard, :transfer and others, see there, or any
                            one attack; --config.FIELD=VALUE overrides
@@ -29,6 +30,7 @@ from ml_collections import ConfigDict
 from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.remote import is_remote
 from rocl_jax.settings import FieldError, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
@@ -137,15 +139,13 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
 
   Args:
     config: see `configs/eval.py`.
-    model_folders: folders with `model.json`.
+    model_folders: folders with `model.json`, or their URLs.
 
   Raises:
     UserError: a mistake in the config, or no model in a folder.
     RunFailed: a model's weights are not those that its record speaks of.
     Interrupted: the process was asked to stop.
   """
-  from rocl_jax import saved, transfer, workdir
-
   if not isinstance(config, ConfigDict):
     raise UserError(
       f'--config: get_config gives {config!r:.40}, wanted a ConfigDict'
@@ -154,8 +154,44 @@ def evaluate(config: ConfigDict, model_folders: list[str]) -> Evaluation:
     raise UserError('--model: names no folder')
   values = config.copy_and_resolve_references().to_dict()
   settings = parse(Settings, values, 'config')
+  with contextlib.ExitStack() as mirrors:
+    folders = _local_folders(model_folders, settings, mirrors)
+    return _evaluate_folders(settings, folders)
+
+
+def _local_folders(
+  places: list[str], settings: Settings, mirrors: contextlib.ExitStack
+) -> list[str]:
+  """Model folders of this machine; of URLs copies, with what is beside them."""
+  from rocl_jax.mirror import mirrored
+
+  split = [place.rstrip('/').rpartition('/') for place in places]
+  copies: dict[str, str] = {}
+  for place, (parent, _, _) in zip(places, split, strict=True):
+    if not is_remote(place) or parent in copies:
+      continue
+    inside = {name for other, _, name in split if other == parent}
+    if settings.transfer.unmasked:
+      inside.add('checkpoints')
+
+    def wanted(name: str, inside: set[str] = inside) -> bool:
+      first, below, _ = name.partition('/')
+      return first in inside if below else name.endswith(('.json', '.npz'))
+
+    copies[parent] = mirrors.enter_context(
+      mirrored(parent, '--model', CLAIM, begins=False, wanted=wanted)
+    )
+  return [
+    f'{copies[parent]}/{name}' if is_remote(place) else place
+    for place, (parent, _, name) in zip(places, split, strict=True)
+  ]
+
+
+def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
+  from rocl_jax import saved, transfer, workdir
+
   load = functools.partial(saved.load, dtype=settings.dtype)
-  loaded = [load(folder, '--model') for folder in model_folders]
+  loaded = [load(folder, '--model') for folder in folders]
   models = list({one.folder: one for one in loaded}.values())
   surrogates = [
     load(folder, 'config.transfer.surrogates')

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rocl_jax import data, evaluation, metrics, models, stream
 from rocl_jax.errors import UserError, nearest
+from rocl_jax.remote import is_remote
 from rocl_jax.settings import at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
@@ -245,8 +246,13 @@ def _check_starts(runs):
     start = run.init_from
     name, _, folder = start.rpartition('/')
     ours = name in ('', *(one.name for one in runs)) and folder[:1].isdigit()
+    where = 'config' if run is runs[0] else f'config.baselines.{run.name}'
+    if is_remote(start):
+      raise UserError(
+        f'{where}.init_from: found {start}, wanted a folder of this machine, '
+        'or a stage folder of a run before'
+      )
     if ours and start not in folders:
-      where = 'config' if run is runs[0] else f'config.baselines.{run.name}'
       raise UserError(
         f'{where}.init_from: no run before this one has a stage folder '
         f'{start!r} to start from{nearest(start, folders)}'

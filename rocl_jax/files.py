@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -38,3 +39,9 @@ def read_json(path: epath.Path, kind: type) -> Any:
 def write_json(path: epath.Path, value: Any) -> None:
   """`write_text` of indented JSON."""
   write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def cache_folder() -> pathlib.Path:
+  """The user's cache folder for this project; it may not be there yet."""
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(home).expanduser() / 'rocl_jax'

@@ -76,6 +76,20 @@ def check() -> None:
     raise Interrupted(_State.number or signal.SIGTERM)
 
 
+def check_alone() -> None:
+  """As `check`, where the other processes do not come: they hear of it when
+  this one leaves."""
+  if _State.number is not None:
+    _State.heard = True
+    raise Interrupted(_State.number)
+
+
+def request() -> None:
+  """Asks the run to stop at its next `check`, as a SIGTERM would."""
+  if _State.number is None:
+    _State.number = signal.SIGTERM
+
+
 def _listen(read: int, message: str) -> None:
   while True:
     for number in os.read(read, 1):

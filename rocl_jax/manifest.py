@@ -87,7 +87,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
       raise ValueError('it is not what was written')
     files, about = content['files'], content['about']
     if not isinstance(about, dict) or not all(
-      _is_inside(name) and type(f['bytes']) is int and type(f['sha256']) is str
+      is_inside(name) and type(f['bytes']) is int and type(f['sha256']) is str
       for name, f in files.items()
     ):
       raise ValueError('no manifest of ours')
@@ -105,7 +105,8 @@ def _own(content: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+  """Whether a path, wherever it is from, stays in the folder it is put in."""
   plain = name.isprintable() and not name.startswith('/')
   return plain and '..' not in name.split('/')
 

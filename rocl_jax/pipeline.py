@@ -41,6 +41,7 @@ from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.experiment import Experiment, Run, parse_experiment
 from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
+from rocl_jax.mirror import mirrored
 from rocl_jax.progress import say, warn
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
@@ -58,7 +59,8 @@ def run(
 
   Args:
     config: see `experiment`; checked before any device work.
-    workdir: the folder of everything that is written; made if missing.
+    workdir: the folder of everything that is written, or its URL; made if
+      missing.
     allowed: fields, as 'config.seed', that may differ from what the folder
       was begun with.
 
@@ -71,9 +73,10 @@ def run(
     Interrupted: the process was asked to stop.
   """
   experiment = parse_experiment(config)
-  root = processes.from_first(lambda: make(workdir, '--workdir'))
-  with claim(root, '--workdir'):
-    return _run(experiment, root, allowed)
+  with mirrored(workdir, '--workdir') as folder:
+    root = processes.from_first(lambda: make(folder, '--workdir'))
+    with claim(root, '--workdir'):
+      return _run(experiment, root, allowed)
 
 
 def _run(

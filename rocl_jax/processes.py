@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -51,6 +51,7 @@ class _Group:
   gone: str | None = None  # who, and why
   line: socket.socket | None = None  # to the first one, which never speaks
   leaving = False
+  busy = False  # with what must not be cut short
   stop: Any = None  # the last answer of `any_of`, still on its way
 
 
@@ -312,6 +313,16 @@ def finish() -> None:
   _say_farewell()
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+  """While within, this process does not leave because others have ended."""
+  _Group.busy = True
+  try:
+    yield
+  finally:
+    _Group.busy = False
+
+
 def explain() -> str | None:
   """Says who is gone, where that is why a collective failed; else None.
 
@@ -425,6 +436,8 @@ def _lost(who: str, patience: float = _PATIENCE) -> None:
   """Leaves, unless the main thread does so first: it may hang for ever."""
   _Group.gone = who
   time.sleep(patience)
+  while _Group.busy:
+    time.sleep(0.1)
   if _Group.leaving:
     return
   with contextlib.suppress(Exception):  # nobody may listen any more

@@ -14,6 +14,7 @@ from etils import epath
 from rocl_jax import checkpoint, models
 from rocl_jax.errors import UserError
 from rocl_jax.progress import say
+from rocl_jax.remote import is_remote
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 
@@ -73,6 +74,8 @@ def load(folder: str, field: str, dtype: str = '') -> Saved:
   Raises:
     UserError: no model, an encoder alone, or another network than it says.
   """
+  if is_remote(folder):
+    raise UserError(f'{field}: found {folder}, wanted a folder of this machine')
   path = epath.Path(folder).expanduser().resolve()
   try:
     variables, about = checkpoint.load_model(path)

@@ -13,6 +13,7 @@ that has not done so for two minutes is dead; who comes before waits for that.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -20,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +36,8 @@ RUN = 'run.json'
 _BEAT = 20.0  # seconds between signs of life
 _SILENCE = 120.0  # without one the holder is dead
 
+Signs = Callable[[], tuple[float, float]]
+
 
 def make(path: str, field: str) -> epath.Path:
   """The folder, made if missing.
@@ -46,8 +49,6 @@ def make(path: str, field: str) -> epath.Path:
   Raises:
     UserError: it can't be written.
   """
-  if '://' in path:
-    raise UserError(f'{field}: found {path}, wanted a folder of this machine')
   root = epath.Path(path).expanduser().resolve()
   try:
     root.mkdir(parents=True, exist_ok=True)
@@ -110,13 +111,13 @@ def _acquire(path, field):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       locked = True
     except BlockingIOError:
-      raise _held(path, field, _read(path)) from None
+      raise held(path.parent, field, parse(_content(path))) from None
     except OSError:  # a file system without locks: the file's time decides
       locked = False
-    holder = _read(path)
+    holder = parse(_content(path))
     unsure = not locked or holder.get('host') != socket.gethostname()
     if holder.get('status') == 'running' and unsure:
-      _await_silence(path, field, holder)
+      await_silence(path.parent, field, holder, lambda: _signs(path))
     me = {
       'status': 'running',
       'host': socket.gethostname(),
@@ -131,26 +132,36 @@ def _acquire(path, field):
   return file, me
 
 
-def _await_silence(path, field, holder):
+def await_silence(
+  place: object, field: str, holder: dict[str, Any], signs: Signs
+) -> None:
   """Waits until a holder on another machine counts as dead.
 
   A run that was killed there starts again elsewhere within seconds.
 
+  Args:
+    place: the folder, for messages.
+    field: where the user named it, for messages.
+    holder: what the file says of it.
+    signs: gives the time now and that of the last sign of life, by one clock.
+
   Raises:
     UserError: it gave a sign of life.
+    Interrupted: the process was asked to stop.
   """
-  if not _fresh(path):
+  found = signs()
+  if not _fresh(found):
     return
-  last = path.stat().st_mtime
+  _, last = found
   where = holder.get('host', '?')
   say(
-    f'{path.parent}: held by a run on {where}; waiting up to {_SILENCE:.0f} s '
+    f'{place}: held by a run on {where}; waiting up to {_SILENCE:.0f} s '
     'for a sign of life of it'
   )
-  while _fresh(path):
-    if path.stat().st_mtime != last:
-      raise _held(path, field, holder)
-    interruption.check()
+  while _fresh(found := signs()):
+    if found[1] != last:
+      raise held(place, field, holder)
+    interruption.check_alone()
     time.sleep(min(1.0, _SILENCE / 4))
 
 
@@ -161,12 +172,12 @@ def holder(root: epath.Path, name: str = RUN) -> dict[str, Any]:
     An empty dict where nothing ever ran.
   """
   path = pathlib.Path(root) / name
-  found = _read(path)
+  found = parse(_content(path))
   if not found:
     return {}
   alive = False
   if found.get('status') == 'running':
-    alive = _fresh(path)
+    alive = _fresh(_signs(path))
     if found.get('host') == socket.gethostname():
       alive = _locked(path)
   return found | {'alive': alive}
@@ -184,22 +195,31 @@ def _locked(path):
   return False
 
 
-def _held(path, field, holder):
+def held(place: object, field: str, holder: dict[str, Any]) -> UserError:
+  """That a folder is in use, and by whom; the arguments of `await_silence`."""
   who = (
     f'process {holder.get("process", "?")} on {holder.get("host", "?")}, '
     f'started {holder.get("started", "?")}'
   )
   return UserError(
-    f'{field}: {path.parent} is in use by {who}; wait for it, stop it, or take '
+    f'{field}: {place} is in use by {who}; wait for it, stop it, or take '
     f'another folder (of another machine: {_SILENCE:.0f} s after its last sign '
     'of life it counts as dead)'
   )
 
 
-def _read(path):
+def _content(path):
   try:
-    found = json.loads(path.read_text())
-  except (OSError, ValueError, RecursionError):
+    return path.read_bytes()
+  except OSError:
+    return b''
+
+
+def parse(content: bytes) -> dict[str, Any]:
+  """What the file's content says; {} if it is none of ours."""
+  try:
+    found = json.loads(content)
+  except (ValueError, RecursionError):
     return {}
   return found if isinstance(found, dict) else {}
 
@@ -210,16 +230,21 @@ def _write(file, value):
   os.pwrite(file, text, 0)
 
 
-def _fresh(path):
-  """Whether the holder gave a sign of life, by the file system's own clock."""
+def _signs(path):
+  """See `await_silence`; by the file system's own clock."""
   try:
     probe = path.with_name(f'.{path.name}.{os.getpid()}')
     probe.write_text('')
     now = probe.stat().st_mtime
     probe.unlink()
-    return now - path.stat().st_mtime < _SILENCE
+    return now, path.stat().st_mtime
   except OSError:
-    return False
+    return math.inf, 0.0
+
+
+def _fresh(signs):
+  now, last = signs
+  return now - last < _SILENCE
 
 
 def _beat(path, ended):

@@ -36,6 +36,7 @@ _LONG = (
   'stages',
   'processes',
   'launch',
+  'mirror',
   'benchmark',
   'autoattack_reference',
 )

@@ -374,7 +374,7 @@ MISTAKES = [
   (['--config.seed=-1'], 'config.seed'),
   (['--config.seed'], 'config.seed'),
   (['--workdir='], '--workdir: missing'),
-  (['--workdir=gs://bucket/run'], 'gs://bucket/run'),
+  (['--workdir=nope://bucket/run'], 'nope://bucket/run'),
   (['--config.init_from=/nowhere'], '/nowhere'),
   (['--confg.seed=3'], 'confg'),
   (['--config=configs/quickstat.py'], "did you mean 'quickstart.py'?"),

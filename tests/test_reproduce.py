@@ -188,6 +188,7 @@ def test_one_command_runs_what_is_missing(tmp_path):
     (['--config=configs/quickstart.py'], '--config: has no run'),
     (['--config=configs/paper.py:table9_ours'], 'wanted a row'),
     (['--audit=999'], '--audit'),
+    (['--workdir=gs://b/r'], '--workdir: found gs://b/r, wanted a folder of'),
   ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, options, told):

@@ -5,15 +5,17 @@
 reads `runs/quickstart` and writes `runs/quickstart/report.md` with its
 pictures in `runs/quickstart/figures`, and the same as one file, `report.html`.
 A run in progress gives a report of what there is, and the same files always
-give the same text.
+give the same text. gs://bucket/run is read and written there.
 
 A folder with `seed0`, `seed1` and so on is a reproduction of the paper: each of
 them gets its own report, and the folder one that sets them beside the paper's
 tables.
 """
 
+import contextlib
 from pathlib import Path
 
+from rocl_jax import mirror
 from rocl_jax.report import (
   about,
   findings,
@@ -24,7 +26,7 @@ from rocl_jax.report import (
   tables,
   training,
 )
-from rocl_jax.report.reading import Workdir, load_results
+from rocl_jax.report.reading import FILES, Workdir, load_results
 from rocl_jax.report.reproduction import Reproduction, seed_folders
 from rocl_jax.report.tables import (
   evaluation_table,
@@ -35,11 +37,19 @@ from rocl_jax.report.text import Writer
 
 __all__ = [
   'evaluation_table',
+  'opened',
   'summary',
   'terminal_table',
   'transfer_table',
   'write',
 ]
+
+
+def opened(workdir: str) -> contextlib.AbstractContextManager[str]:
+  """The folder to read and to write a report in: of a URL a short-lived copy
+  of what a report is made of."""
+  wanted = lambda name: name.rpartition('/')[2] in FILES
+  return mirror.copied(workdir, 'WORKDIR', wanted)
 
 
 def write(workdir: str) -> str:

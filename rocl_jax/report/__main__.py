@@ -3,8 +3,9 @@ from rocl_jax import command, report
 
 def main(arguments: list[str]) -> None:
   (workdir,) = arguments
-  path = report.write(workdir)
-  print(report.summary(workdir))
+  with report.opened(workdir) as folder:
+    path = report.write(folder).replace(folder, workdir)
+    print(report.summary(folder))
   print(f'\nReport, curves and pictures: {path}')
 
 

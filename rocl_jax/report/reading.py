@@ -19,6 +19,13 @@ from rocl_jax.report.records import (
 
 STAGE_FOLDER = re.compile(r'(\d+)_(.+)')
 
+# All that a report is made of.
+FILES = (
+  *('results.json', 'audit.json', 'transfer.json', 'config.json'),
+  *('run.json', 'request.json', 'model.json', 'examples.json'),
+  'metrics.jsonl',
+)
+
 MODEL = {'run': str, 'stage': str, 'selection': str, 'split': str}
 NUMBER = (int, float)
 NUMBER_OR_NOT = (int, float, type(None))

@@ -11,6 +11,7 @@ from rocl_jax import data, evaluate, pipeline, published, report
 from rocl_jax import workdir as folders
 from rocl_jax.errors import RunFailed, UserError, nearest
 from rocl_jax.experiment import Run, parse_experiment
+from rocl_jax.remote import is_remote
 from rocl_jax.reproduce import forecast
 
 SURROGATE = 'surrogate'
@@ -109,6 +110,11 @@ def reproduce(
     RunFailed: an audit failed; everything was run, and is in the report.
     Interrupted: the process was asked to stop.
   """
+  if is_remote(workdir):
+    raise UserError(
+      f'--workdir: found {workdir}, wanted a folder of this machine; a row alone '
+      'may be trained there, by train.py'
+    )
   names = rows(config, tables)
   configs, plans = {}, {}
   for seed in seeds:
@@ -136,7 +142,6 @@ def reproduce(
         for name, checks in found.checks.items()
         for check in audits.failed(checks)
       ]
-    report.write(str(folder))
   path = report.write(str(root))
   if problems:
     raise RunFailed(
