@@ -112,8 +112,8 @@ def reproduce(
   """
   if is_remote(workdir):
     raise UserError(
-      f'--workdir: found {workdir}, wanted a folder of this machine; a row alone '
-      'may be trained there, by train.py'
+      f'--workdir: found {workdir}, wanted a folder of this machine; train.py '
+      'alone can work there'
     )
   names = rows(config, tables)
   configs, plans = {}, {}

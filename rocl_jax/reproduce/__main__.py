@@ -29,7 +29,7 @@ from rocl_jax.errors import UserError
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, interruption
+  from rocl_jax import compiled, interruption, report
   from rocl_jax.reproduce import reproduce
 
   group = flags.FLAGS
@@ -50,7 +50,8 @@ def main(_: list[str]) -> None:
     group.dry_run,
   )
   if path:
-    print(f'\nReport: {path}')
+    print(report.summary(group.workdir))
+    print(f'\nReport, curves and pictures: {path}')
 
 
 def _whole(flag, words):
