@@ -440,7 +440,9 @@ def test_a_skipped_update_changes_nothing(tmp_path):
 
 def test_too_many_in_a_row_stop_the_run_and_keep_the_last_save(tmp_path):
   """[12]"""
-  run = poisoned(stage_run('supervised', tmp_path), range(4, 99))
+  run = poisoned(
+    stage_run('supervised', tmp_path, loss='natural'), range(4, 99)
+  )
   run = run.__class__(**(vars(run) | {'max_skipped': 2}))
   with pytest.raises(RunFailed) as told:
     loop.run_stage(run)
@@ -450,7 +452,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_save(tmp_path):
   newest = checkpoint.steps(epath.Path(tmp_path) / 'checkpoints')
   assert newest and f'step {newest[-1]} is intact' in str(told.value)
   # Mended, it goes on from there.
-  mended = stage_run('supervised', tmp_path)
+  mended = stage_run('supervised', tmp_path, loss='natural')
   variables = loop.run_stage(mended)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
 

@@ -133,7 +133,13 @@ def test_batchnorm_has_the_gradient_that_autodiff_finds(shape):
     np.testing.assert_allclose(actual, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', models.ARCHITECTURES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=pytest.mark.slow if n == 'resnet18' else ())
+    for n in models.ARCHITECTURES
+  ],
+)
 def test_prepared_network_computes_the_same_and_its_gradient(name):
   model = build(name)
   variables = random_variables(model)

@@ -76,7 +76,7 @@ def check_first_steps(path, devices, names):
 
 
 def test_first_gradients_agree(tmp_path):
-  check_first_steps(tmp_path / 'steps', '1,4', 'pretrain,prune')
+  check_first_steps(tmp_path / 'steps', '1,4', 'pretrain')
 
 
 @pytest.mark.slow
@@ -108,7 +108,11 @@ def test_no_collective_in_the_loop_of_pgd():
 
 
 @pytest.mark.parametrize(
-  'local, wanted', [(0, {('all-gather', (128, BATCH)): 1}), (4, {})]
+  'local, wanted',
+  [
+    (0, {('all-gather', (128, BATCH)): 1}),
+    pytest.param(4, {}, marks=pytest.mark.slow),
+  ],
 )
 def test_the_loop_of_the_instance_wise_attack_gathers_embeddings(local, wanted):
   """Embeddings of the batch, once a step; none with negatives of their own."""
@@ -150,7 +154,9 @@ def gradient_of(name, rows, microbatch=0):
   return update, flatten(after.trained.batch_stats), float(seen.loss)
 
 
-@pytest.mark.parametrize('name', ('supervised', 'prune'))
+@pytest.mark.parametrize(
+  'name', [pytest.param('supervised', marks=pytest.mark.slow), 'prune']
+)
 def test_microbatches_are_averaged(name):
   rows = list(range(8))
   halves = [gradient_of(name, part) for part in (rows[:4], rows[4:])]
