@@ -4,7 +4,8 @@
   python train.py --config=configs/cifar10.py --workdir=W --config.seed=1
 
 --config=FILE[:ARGUMENT]   configs/quickstart.py, configs/cifar10.py, or
-                           configs/cifar10.py:asrun, what published logs show;
+                           configs/cifar10.py:asrun, what published logs show,
+                           or configs/paper.py:table2_ours, a row of the paper;
                            --config.FIELD=VALUE overrides fields
 --workdir=FOLDER           where everything goes; the same command resumes. Also
                            gs://bucket/run: pip install 'rocl-jax[gcs]'

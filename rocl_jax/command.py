@@ -237,6 +237,6 @@ def _wrong_type(value, default):
       type(default)(value)
   except (ValueError, TypeError, AttributeError):
     return kinds[type(default)]
-  if isinstance(default, tuple):
+  if isinstance(default, tuple) and value:
     return "a tuple such as ('a','b')"
   return None

@@ -19,6 +19,7 @@ from rocl_jax import command, manifest, workdir
 from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.files import read_json
 from rocl_jax.manifest import Damaged
+from rocl_jax.remote import is_remote
 
 _MODELS = ('model', 'best_validation', 'best_test')
 _STAGE = re.compile(r'\d+_\w+')
@@ -56,6 +57,12 @@ def examine(path: epath.Path) -> Findings:
     _sealed(found, path)
     return found
   if not (path / 'config.json').exists():
+    seeds = sorted(p.name for p in path.glob('seed*') if p.is_dir())
+    if seeds:
+      raise UserError(
+        f'{path}: a reproduction; wanted one of its work directories, such as '
+        f'{path / seeds[0]}'
+      )
     raise UserError(
       f'{path}: neither a work directory (no config.json) nor a model folder '
       '(no model.json)'
@@ -232,6 +239,10 @@ def text(path: epath.Path, found: Findings) -> str:
 
 
 def main(arguments: list[str]) -> None:
+  if is_remote(arguments[0]):
+    raise UserError(
+      f'found {arguments[0]}, wanted a folder of this machine, such as a copy'
+    )
   path = epath.Path(arguments[0]).expanduser().resolve()
   if not path.is_dir():
     raise UserError(f'{arguments[0]}: no such folder')

@@ -96,6 +96,16 @@ def _run(
   return processes.from_first(lambda: results.read(root / 'results.json'))
 
 
+def check(experiment: Experiment, dataset: Dataset, root: epath.Path) -> None:
+  """Looks whether a run may go on in a folder, before anything else is done.
+
+  Raises:
+    UserError: the folder was made by another config.
+  """
+  if (root / CONFIG).exists():
+    _check_requests(_chains(experiment, dataset, root), (), root, keep=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chain:
   """One run, ready to go.
@@ -459,7 +469,10 @@ def _request(chain: Chain, stage: str) -> dict[str, Any]:
 
 
 def _check_requests(
-  chains: Sequence[Chain], allowed: Collection[str], root: epath.Path
+  chains: Sequence[Chain],
+  allowed: Collection[str],
+  root: epath.Path,
+  keep: bool = True,
 ) -> None:
   """Compares with the configs that made the folders, and notes the changes.
 
@@ -470,6 +483,7 @@ def _check_requests(
     chains: all runs, the main one first.
     allowed: fields, as 'config.seed', that may have changed.
     root: the work directory.
+    keep: whether to write down what changed, and is allowed.
 
   Raises:
     UserError: a field that was not allowed; all changes are printed before.
@@ -496,7 +510,7 @@ def _check_requests(
       f'--allow_change: {min(unknown)} has not changed; the changes are '
       f'{", ".join(sorted({c["field"] for c in notes.changes})) or "none"}'
     )
-  notes.settle(allowed)
+  notes.settle(allowed, keep)
 
 
 CONFIG, CHANGES = 'config.json', 'changes.jsonl'
@@ -530,8 +544,8 @@ class _Notes:
           }
         )
 
-  def settle(self, allowed: Collection[str]) -> None:
-    """Prints all, refuses what it must, writes down the rest."""
+  def settle(self, allowed: Collection[str], keep: bool = True) -> None:
+    """Prints all, refuses what it must, writes down the rest if to `keep`."""
     known = metrics.read_lines(self._path)
     same = lambda c: {k: v for k, v in c.items() if k != 'at'}
     new = [c for c in self.changes if c not in map(same, known)]
@@ -549,5 +563,5 @@ class _Notes:
           f'--allow_change={change["field"]}'
         )
     at = datetime.now(UTC).isoformat(timespec='seconds')
-    if new:
+    if new and keep:
       metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

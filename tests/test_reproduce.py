@@ -135,7 +135,7 @@ def test_what_is_evaluated_beside_the_suite(tmp_path):
     (parse(evaluate.Settings, c.to_dict(), 'config'), names)
     for c, names in found
   ]
-  assert [a.name for a in strong.eval.selected] == ['autoattack']
+  assert [a.name for a in strong.eval.selected] == ['pgd10', 'autoattack']
   assert (strong.eval.examples, strong.eval.eps) == (128, 0.1)
   assert f'{root}/4_finetune/model' in models
   assert len(models) == len(runs) - 1  # all but the surrogate
@@ -174,6 +174,16 @@ def test_one_command_runs_what_is_missing(tmp_path):
   plan = call(*options, '--dry_run').stdout
   left = [line.split()[-1] for line in plan.splitlines() if line[:2] == '0 ']
   assert left == ['0.0'] * 8
+  other = call(*options, '--config.supervised.beta=3.0', status=2)
+  assert 'config.supervised.beta: found 3.0, but' in other.stderr
+  assert 'one measured step' not in other.stdout
+  doctor = subprocess.run(
+    [sys.executable, '-m', 'rocl_jax.doctor', str(tmp_path)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert doctor.returncode == 2 and doctor.stderr.strip().endswith('seed0')
 
 
 @pytest.mark.parametrize(
@@ -185,6 +195,7 @@ def test_one_command_runs_what_is_missing(tmp_path):
     (['--config=configs/quickstart.py'], '--config: has no run'),
     (['--config=configs/paper.py:table9_ours'], 'wanted a row'),
     (['--audit=999'], '--audit'),
+    (['--config.seed=2'], 'config.seed: found 2, wanted --seeds=2'),
     (['--workdir=gs://b/r'], '--workdir: found gs://b/r, wanted a folder of'),
   ],
 )

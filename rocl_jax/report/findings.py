@@ -219,8 +219,9 @@ def _strong(found: Reproduction) -> str:
     model = found.last(run)
     if model is None:
       continue
-    weak = value(found.records(model, 'pgd10'), 'robust_top1')
-    strong = value(found.records(model, 'autoattack'), 'robust_top1')
+    records = found.records(model, 'autoattack')
+    weak = value(found.alongside('pgd10', records), 'robust_top1')
+    strong = value(records, 'robust_top1')
     if weak.values and strong.values:
       seeds = len(found.seeds)
       told.append(f'`{run}` {strong.text(seeds)} instead of {weak.text(seeds)}')
@@ -229,7 +230,7 @@ def _strong(found: Reproduction) -> str:
     'accuracy from above.'
   )
   if told:
-    text += f' AutoAttack leaves here, on its own images: {"; ".join(told)}.'
+    text += f' AutoAttack leaves here, of the same images: {"; ".join(told)}.'
   return text
 
 

@@ -17,6 +17,7 @@ from rocl_jax.report.text import Writer, number, table
 
 SHOWN, OPPOSITE, NOISE = 'shown', 'not shown (opposite)', 'within noise'
 _SURE = 2.0  # standard errors
+_NAMED = 6  # orderings that were not tested, the rest is counted
 _TITLES = {
   'clean_top1': 'clean',
   'robust_top1': 'PGD-10',
@@ -195,7 +196,12 @@ def section(out: Writer, found: Reproduction) -> None:
     header = ['ordering', 'accuracy', 'paper', 'here', '± error', 'here it is']
     out.text(table(header, rows, 2))
   if missing:
-    out.text(f'Not tested, for want of a measurement: {"; ".join(missing)}.')
+    told = '; '.join(missing[:_NAMED])
+    more = len(missing) - _NAMED
+    out.text(
+      f'Not tested, for want of a measurement: {told}'
+      + (f'; and {more} more.' if more > 0 else '.')
+    )
 
 
 def counts(found: Reproduction) -> dict[str, int]:

@@ -59,10 +59,21 @@ def tables(out: Writer, found: Reproduction) -> None:
     'attack.',
     '\n'.join(f'- {line}' for line in _protocols(found)),
   )
+  left_out = []
   for table_number in published.TABLES:
+    if not any(
+      found.transfers(row['row'], True)
+      if table_number == _TRANSFER
+      else found.records(found.holder(row['row'], row['stage']), 'pgd10')
+      for row in rows_of(table_number)
+    ):
+      left_out.append(str(table_number))
+      continue
     out.text(f'### {_TITLES[table_number]}')
     show = _transfer if table_number == _TRANSFER else _table
     show(out, found, rows_of(table_number))
+  if left_out:
+    out.text(f'Nothing was measured of: Table {", ".join(left_out)}.')
 
 
 def _protocols(found: Reproduction) -> list[str]:
@@ -230,14 +241,14 @@ def attacks(out: Writer, found: Reproduction) -> None:
     out.text(
       '## Attack by attack',
       'The last model of each run; AutoAttack is on fewer images where its n '
-      'is smaller, and its clean accuracy beside it is on those.',
+      'is smaller, and what is beside it is on those.',
       table(['run', 'stage', *_ATTACK_HEADER], rows, 2),
     )
 
 
 _ATTACK_HEADER = (
   *('clean', 'PGD-10', 'PGD-20', 'n'),
-  *('AutoAttack', 'clean, same images', 'n'),
+  *('AutoAttack', 'PGD-10, same images', 'clean, same images', 'n'),
 )
 
 
@@ -251,6 +262,7 @@ def _under_attack(found: Reproduction, model: Model) -> list[str]:
     value(other, 'robust_top1').text(seeds),
     sizes(usual),
     value(strong, 'robust_top1').text(seeds),
+    value(found.alongside('pgd10', strong), 'robust_top1').text(seeds),
     value(strong, 'clean_top1').text(seeds),
     sizes(strong),
   ]

@@ -170,6 +170,19 @@ class Reproduction:
         found[seed] = record
     return found
 
+  def alongside(
+    self, attack: str, records: dict[str, Record]
+  ) -> dict[str, Record]:
+    """What another attack left of the same models' last epochs, on the same
+    images, by the seeds that have it."""
+    found = {}
+    keys = ('run', 'stage', 'selection', 'split', 'n', 'images_crc32')
+    for seed, record in records.items():
+      for other in self._of(seed, attack)[0]:
+        if all(other.get(k) == record.get(k) for k in keys):
+          found[seed] = other
+    return found
+
   def _of(self, seed, attack):
     """The records of an attack, and the protocol of it that most models had."""
     if (seed, attack) not in self._attacks:

@@ -197,8 +197,10 @@ def classes(out: Writer, work: Workdir) -> None:
   ]
   stages = work.stages(work.main_run)
   last = max((stages.index(r['stage']) for r in known), default=None)
+  known = [r for r in known if stages.index(r['stage']) == last]
+  most = max((r.get('n') or 0 for r in known), default=0)
   record = strongest(
-    [r for r in known if stages.index(r['stage']) == last], work.headline
+    [r for r in known if (r.get('n') or 0) == most], work.headline
   )
   if record is None:
     return

@@ -87,7 +87,8 @@ def evaluations(
 
   if autoattack:
     models = [path for name, path in last.items() if name != SURROGATE]
-    yield asked(('autoattack',), autoattack, audit, ()), models
+    # PGD on the same images, to set beside it.
+    yield asked(('pgd10', 'autoattack'), autoattack, audit, ()), models
   if str(_TRANSFER) in tables:
     models = [last[name] for name in published.runs_of(_TRANSFER)]
     everything = config.eval.examples
@@ -115,6 +116,10 @@ def reproduce(
       f'--workdir: found {workdir}, wanted a folder of this machine; train.py '
       'alone can work there'
     )
+  if config.seed:
+    raise UserError(
+      f'config.seed: found {config.seed}, wanted --seeds={config.seed}'
+    )
   names = rows(config, tables)
   configs, plans = {}, {}
   for seed in seeds:
@@ -126,6 +131,8 @@ def reproduce(
   where = first.data
   dataset = data.load(where.source, where.dir, where.validation)
   root = folders.make(workdir, '--workdir')
+  for seed, one in plans.items():
+    pipeline.check(one, dataset, root / f'seed{seed}')
   forecast.show(plans, root, dataset, autoattack)
   if dry_run:
     return ''
