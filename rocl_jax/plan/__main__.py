@@ -17,7 +17,7 @@ GPUs the same by arithmetic. Images and weights are not needed.
                      of the training set, where the config's source does not
                      tell without its files
 --nolargest_batch    compile once a stage: no estimate of the largest batch
---effort=-1          XLA's effort, -1 to 1: -1 compiles three times as fast,
+--effort=-1          XLA's effort, -1 to 1: -1 compiles about twice as fast,
                      and 0, the default, what a run runs
 --output=FOLDER      writes plan.md and plan.json, too
 
