@@ -33,6 +33,7 @@ def _scale(c: ConfigDict) -> None:
   c.data.validation = 200
   c.model.width = 16
   c.pretrain.total_epochs = 16
+  c.pretrain.segments = 1  # too few epochs to start over, as run or not
   c.pretrain.batch_size = 64
   c.pretrain.optimizer.learning_rate = 0.3
   c.pretrain.optimizer.schedule = 'cosine'

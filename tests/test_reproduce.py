@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from paper_tiny import get_config
 
-from configs import paper
+from configs import paper, paper_small
 from rocl_jax import data, evaluate, published
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import parse_experiment
@@ -67,6 +67,19 @@ def test_presets_differ_as_the_logs_do():
   assert theirs.attack.keywords['eps'] == 8 / 255
   losses = [s.loss for _, s in shared('asrun')['ours_natural_90'][1]]
   assert losses[1:] == ['trades', 'natural', 'natural']
+
+
+def test_the_small_scale_has_both_presets_in_proportion():
+  def epochs(preset):
+    config = paper_small.get_config(preset)
+    config.data.source = 'digits'
+    runs = parse_experiment(config).runs
+    return {r.name: [s.total_epochs for _, s in r.stages] for r in runs}
+
+  assert epochs('')['baseline2_90'] == [4, 4, 4]
+  assert epochs('asrun')['baseline2_90'] == [3, 3, 3]
+  assert epochs('asrun')['baseline12_90'] == [1, 4, 4]
+  assert epochs('asrun')['small_90'] == [16, 12]
 
 
 def test_a_small_network_has_as_many_weights():

@@ -153,6 +153,7 @@ def reproduce(
   if problems:
     raise RunFailed(
       f'{path}: an audit failed, so those accuracies prove nothing: '
-      f'{problems[0]}, and {len(problems) - 1} more'
+      f'{problems[0]}'
+      + (f' and {len(problems) - 1} more' if len(problems) > 1 else '')
     )
   return path
