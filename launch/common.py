@@ -160,6 +160,27 @@ def confirm(question: str, yes: bool) -> None:
     raise Mistake(f'{question} Answered no; nothing was done')
 
 
+def check_training(arguments: Sequence[str]) -> None:
+  """Raises Mistake where train.py would not get far with its arguments.
+
+  What it needs is seen here, before anything is paid for; the fields of the
+  config are looked at where there is JAX.
+  """
+  said = dict(x.lstrip('-').partition('=')[::2] for x in arguments)
+  flags = [x.lstrip('-') for x in arguments]
+  bare = dict(zip(flags, arguments[1:], strict=False))
+  for name in ('config', 'workdir'):
+    if not (said.get(name) or bare.get(name)):
+      raise Mistake(f"--{name}: missing; it comes after '--', as for train.py")
+  file = (said.get('config') or bare['config']).partition(':')[0]
+  if not (ROOT / file).is_file():
+    folder = (ROOT / file).parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(pathlib.Path(file).name, names, n=1)
+    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    raise Mistake(f'--config: no such file in {ROOT}: {file}{hint}')
+
+
 def agreed(question: str) -> bool:
   print(f'{question} [y/N] ', end='', file=sys.stderr, flush=True)
   return sys.stdin.readline().strip().lower() in ('y', 'yes')

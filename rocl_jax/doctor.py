@@ -110,7 +110,7 @@ def _stage(found: Findings, directory: epath.Path) -> str:
   models = [m for m in _MODELS if manifest.is_sealed(directory / m)]
   rows = len(_lines(found, directory / 'metrics.jsonl'))
   if 'model' in models:
-    parts.append(f'finished, {epochs} epochs')
+    parts.append(f'finished, {epochs} epoch{"s" * (epochs != 1)}')
   else:
     found.complete = False
     parts.append(f'epoch {rows} of {epochs} done')

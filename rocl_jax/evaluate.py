@@ -18,7 +18,6 @@ rocl_jax.report` finds them. Exit status 3: a check failed.
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -243,13 +242,12 @@ def _evaluate(
       about_splits,
       settings.dtype,
     )
-    checks = audit.of_records(records)
-    curves: dict[str, Any] = {}
-    if settings.audit.examples:
-      (name, split), *_ = splits.items()
-      count = min(settings.audit.examples, len(split.labels))
+    (name, split), *_ = splits.items()
+    entry = _last_audit(one, settings, name, split)
+    count = min(settings.audit.examples, len(split.labels))
+    if entry['n'] < count:
       one.say(f'audit on {count} {name} images')
-      more, curves = audit.audit(
+      checks, curves = audit.audit(
         evaluation.logits_functions(saved.network(one.network)),
         evaluation.visible(one.variables),
         split.images[:count],
@@ -259,10 +257,14 @@ def _evaluate(
         mesh=devices,
         seed=settings.seed,
       )
-      checks = more + checks
+      entry |= {'n': count, 'steps': audit.USUAL_STEPS, 'curves': curves}
+      entry['images_crc32'] = results.crc32(_first(split, count))
+      entry['checks'] = _updated(entry['checks'], checks)
+    entry['checks'] = _updated(entry['checks'], audit.of_records(records))
+    checks = [audit.Check(**check) for check in entry['checks']]
     found.records.extend(records)
     found.checks[names[one.folder]] = checks
-    _write_audit(one, settings, next(iter(splits)), checks, curves)
+    _write_audit(one, entry)
   if surrogates or settings.transfer.matrix:
     transfers, by_target = transfer.run(
       models,
@@ -342,25 +344,74 @@ def _check_folder(folder):
     ) from None
 
 
-def _write_audit(model, settings, split, checks, curves):
-  """Adds the model's checks to the audit.json beside its folder."""
-  from rocl_jax.audit import USUAL_STEPS
+# Which audit an entry of audit.json is. Its curves are PGD's; the checks of
+# records speak of the suite's own attacks.
+_AUDIT = (
+  *('run', 'stage', 'selection', 'fingerprint', 'split'),
+  *('attack', 'seed', 'norm', 'eps', 'dtype'),
+)
+
+
+def _last_audit(model, settings, name, split):
+  """The model's entry in the audit.json beside its folder, or a new one.
+
+  New is one of no images: where there is none, or one of other images.
+  """
+  from rocl_jax.files import read_json
+  from rocl_jax.results import crc32
+
+  new = {k: model.about[k] for k in _AUDIT[:4]}
+  new |= {'split': name, 'attack': 'pgd', 'seed': settings.seed}
+  new |= {'norm': settings.eval.norm, 'eps': settings.eval.eps}
+  new |= {'dtype': model.network.settings.dtype}
+  new |= {'n': 0, 'steps': 0, 'images_crc32': '', 'checks': [], 'curves': {}}
+  path = model.folder.parent / 'audit.json'
+  for entry in read_json(path, list) if path.exists() else []:
+    if _audited(entry) == _audited(new) and _whole(entry):
+      if entry['images_crc32'] == crc32(_first(split, entry['n'])):
+        return entry
+  return new
+
+
+def _first(split, n):
+  return data.Split(split.images[:n], split.labels[:n])
+
+
+def _audited(entry):
+  return isinstance(entry, dict) and [entry.get(key) for key in _AUDIT]
+
+
+def _whole(entry):
+  """Whether an entry has all that this version writes."""
+  from rocl_jax.audit import Check
+
+  checks, n = entry.get('checks'), entry.get('n')
+  return (
+    isinstance(entry.get('images_crc32'), str)
+    and isinstance(entry.get('curves'), dict)
+    and isinstance(n, int)
+    and n > 0
+    and isinstance(checks, list)
+    and all(
+      isinstance(c, dict) and c.keys() == {*Check._fields} for c in checks
+    )
+  )
+
+
+def _updated(before, checks):
+  """Checks as JSON, those of the same name replaced."""
+  names = {check.check for check in checks}
+  kept = [check for check in before if check['check'] not in names]
+  return kept + [check._asdict() for check in checks]
+
+
+def _write_audit(model, entry):
+  """Puts an entry in the place of the one that it goes on from."""
   from rocl_jax.files import read_json, write_json
 
   path = model.folder.parent / 'audit.json'
-  entry = {k: model.about[k] for k in ('run', 'stage', 'selection')}
-  entry |= {'fingerprint': model.about['fingerprint'], 'split': split}
-  # Of the curves: the checks of records speak of the suite's own.
-  entry |= {'attack': 'pgd', 'seed': settings.seed}
-  entry |= {'norm': settings.eval.norm, 'eps': settings.eval.eps}
-  key = lambda e: json.dumps([e.get(k) for k in entry], sort_keys=True)
   before = read_json(path, list) if path.exists() else []
-  kept = [e for e in before if isinstance(e, dict) and key(e) != key(entry)]
-  entry['dtype'] = model.network.settings.dtype
-  entry['n'] = settings.audit.examples
-  entry['steps'] = USUAL_STEPS
-  entry['checks'] = [check._asdict() for check in checks]
-  entry['curves'] = curves
+  kept = [e for e in before if _audited(e) != _audited(entry)]
   write_json(path, [*kept, entry])
 
 

@@ -221,7 +221,7 @@ def curves(
       }
       _line(top, curve.x, curve.loss, **style)
       if bottom is not None:
-        _line(bottom, curve.x, curve.clean, **style)
+        _line(bottom, curve.x, curve.clean, markerfacecolor='white', **style)
         _line(bottom, curve.x, curve.robust, linestyle=DASHED, **style)
     top.set_title(stage, fontsize=11, color=INK, fontweight='bold')
     _tidy(top)
@@ -250,8 +250,11 @@ def curves(
   ]
   labels = list(dict.fromkeys(runs))
   if rows == 2:
-    handles.append(Line2D([], [], color=MUTED, linewidth=1.4))
-    handles.append(Line2D([], [], color=MUTED, linewidth=1.4, linestyle=DASHED))
+    for dashes, face in (('-', 'white'), (DASHED, MUTED)):
+      handle = Line2D([], [], color=MUTED, linewidth=1.4)
+      handle.set(linestyle=dashes, marker='o', markersize=3.2)
+      handle.set_markerfacecolor(face)
+      handles.append(handle)
     labels += ['clean', 'robust']
   _legend(figure, handles, labels)
   return figure

@@ -112,7 +112,7 @@ def copied(place: str, field: str, wanted: Wanted) -> Iterator[str]:
     with _mistakes(place, field):
       names = [name for name in remote.names() if wanted(name)]
       if not names:
-        raise UserError(f'{field}: {place}: nothing of the kind is there')
+        raise UserError(f'{field}: {place}: there is no work directory')
       _fetch(remote, folder, names)
     before = _stats(folder)
     yield str(folder)

@@ -37,7 +37,7 @@ from rocl_jax import (
   results,
 )
 from rocl_jax.data import Dataset, Split, load, prepare
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, nearest
 from rocl_jax.experiment import Experiment, Run, parse_experiment
 from rocl_jax.files import read_json, write_json
 from rocl_jax.mesh import check_batch, make_mesh
@@ -96,14 +96,20 @@ def _run(
   return processes.from_first(lambda: results.read(root / 'results.json'))
 
 
-def check(experiment: Experiment, dataset: Dataset, root: epath.Path) -> None:
+def check(
+  experiment: Experiment,
+  dataset: Dataset,
+  root: epath.Path,
+  allowed: Collection[str] = (),
+) -> None:
   """Looks whether a run may go on in a folder, before anything else is done.
 
   Raises:
     UserError: the folder was made by another config.
   """
   if (root / CONFIG).exists():
-    _check_requests(_chains(experiment, dataset, root), (), root, keep=False)
+    chains = _chains(experiment, dataset, root)
+    _check_requests(chains, allowed, root, keep=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +296,7 @@ def _rehearse(chains: Sequence[Chain]) -> None:
     UserError: a stage can't start from what stands before it.
   """
   handed_on: dict[epath.Path, Variables] = {}  # by stage folder
+  short: dict[str, list[str]] = {}  # stages by what their attack lacks
   for chain in chains:
     fresh = jax.eval_shape(functools.partial(_fresh, chain))
     start = chain.run.init_from
@@ -312,20 +319,24 @@ def _rehearse(chains: Sequence[Chain]) -> None:
         ) from None
       upstream = name
       label = f'{chain.run.name}/{name}'
-      _warn_of_reach(label, settings)
+      if problem := _reach(settings):
+        short.setdefault(problem, []).append(label)
       _warn_of_thin_layers(label, settings, variables)
       handed_on[directory] = variables
+  for problem, labels in short.items():
+    warn(f'{", ".join(labels)}: {problem}')
 
 
-def _warn_of_reach(label, settings) -> None:
-  """Says which attack can not use its ball."""
+def _reach(settings) -> str:
+  """Why a stage's attack can not use its ball; '' if it can."""
   attack = getattr(settings, 'attack', None)
-  if attack is not None and attack.reach < 1 - 1e-6:
-    eps, steps = attack.keywords['eps'], attack.keywords['steps']
-    warn(
-      f'{label}: {steps} steps of {attack.keywords["step_size"]:g} do not '
-      f'reach eps, {eps:g}: the attack can not use its ball'
-    )
+  if attack is None or attack.reach >= 1 - 1e-6:
+    return ''
+  eps, steps = attack.keywords['eps'], attack.keywords['steps']
+  return (
+    f'{steps} steps of {attack.keywords["step_size"]:g} do not reach eps, '
+    f'{eps:g}: the attack can not use its ball'
+  )
 
 
 _FEW = 8  # weights of a layer that can hardly carry a signal
@@ -501,15 +512,16 @@ def _check_requests(
         request = _request(chain, stage)
         if checkpoint.is_model(directory / 'model'):
           before.pop('eval', None), request.pop('eval', None)
-        notes.compare(before, request, directory.name, str(directory))
+        where = f'{chain.run.name}/{stage}'
+        notes.compare(before, request, where, str(directory))
+  fields = {'config.' + field.replace('/', '.') for field in flatten(now)}
+  fields |= {change['field'] for change in notes.changes}
   before = metrics.read_lines(root / CHANGES)  # allowed once, and gone on with
-  known = {change.get('field') for change in (*notes.changes, *before)}
-  unknown = set(allowed) - known
-  if unknown:
-    raise UserError(
-      f'--allow_change: {min(unknown)} has not changed; the changes are '
-      f'{", ".join(sorted({c["field"] for c in notes.changes})) or "none"}'
-    )
+  fields |= {str(change.get('field')) for change in before}
+  for field in allowed:
+    if field not in fields:
+      hint = nearest(field, fields) or '; wanted one such as config.seed'
+      raise UserError(f'--allow_change: no such field: {field}{hint}')
   notes.settle(allowed, keep)
 
 
@@ -554,13 +566,15 @@ class _Notes:
         f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
         f'{change["to"]!r}'
       )
-    for change in new:
-      if change['folder'] and change['field'] not in allowed:
+    decided = [change for change in new if change['folder']]
+    for change in decided:
+      if change['field'] not in allowed:
+        fields = dict.fromkeys(c['field'] for c in decided)
         raise UserError(
           f'{change["field"]}: found {change["to"]!r}, but {change["folder"]} '
           f'was made with {change["from"]!r}; take another --workdir, delete '
           'that folder and those after it, or go on with what is there: '
-          f'--allow_change={change["field"]}'
+          f'--allow_change={",".join(fields)}'
         )
     at = datetime.now(UTC).isoformat(timespec='seconds')
     if new and keep:

@@ -57,8 +57,8 @@ class Remote:
       self._fs, self._root = fsspec.url_to_fs(url, **options)
     except ImportError as e:
       package = _INSTALL.get(protocol)
-      hint = f'needs pip install {package}' if package else one_line(e)
-      raise UserError(f'{field}: found {url}; {protocol}:// {hint}') from None
+      hint = f'wants pip install {package}' if package else one_line(e)
+      raise UserError(f'{field}: found {url}: {hint}') from None
     except ValueError as e:
       raise UserError(
         f'{field}: found {url}, wanted a folder of this machine, gs://, or '

@@ -26,7 +26,7 @@ _AHEAD = 4  # batches that are read before they are asked for
 def check() -> None:
   """Raises FieldError unless Grain is installed."""
   if importlib.util.find_spec('grain') is None:
-    wanted = "True, or pip install 'rocl-jax[stream]'"
+    wanted = "True, or Grain to read with: pip install 'rocl-jax[stream]'"
     raise FieldError('resident', False, wanted)
 
 

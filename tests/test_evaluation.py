@@ -12,7 +12,14 @@ from PIL import Image
 
 from configs import eval as eval_configs
 from configs import quickstart
-from rocl_jax import checkpoint, evaluation, journal, models, results
+from rocl_jax import (
+  audit,
+  checkpoint,
+  evaluation,
+  journal,
+  models,
+  results,
+)
 from rocl_jax.attacks.robustness import build
 from rocl_jax.attacks.square import square
 from rocl_jax.data import digits
@@ -185,7 +192,7 @@ def test_devices_and_batches_do_not_decide_an_images_fate():
       )
 
 
-def test_a_model_that_proves_nothing_fails_the_audit(tmp_path):
+def test_a_model_that_proves_nothing_fails_the_audit(tmp_path, monkeypatch):
   """One class for all: nothing moves it, and no attack can."""
   variables = random_model(0)
   head = variables['params']['head']
@@ -197,6 +204,12 @@ def test_a_model_that_proves_nothing_fails_the_audit(tmp_path):
   assert 'an unbounded attack breaks every image' in bad
   (entry,) = json.loads((tmp_path / 'audit.json').read_text())
   assert entry['n'] == 20 and not all(c['passed'] for c in entry['checks'])
+  # It is not done again, and no later evaluation with fewer images hides it.
+  monkeypatch.setattr(audit, 'audit', None)
+  for fewer in (20, 10, 0):
+    again = evaluate(config_of('quick', audit__examples=fewer), [folder])
+    assert again.checks == found.checks
+    assert json.loads((tmp_path / 'audit.json').read_text()) == [entry]
 
 
 def test_transfer_and_the_published_artefact(tmp_path):

@@ -189,7 +189,7 @@ def test_changes_follow_while_a_run_goes_on(url, bucket, machine, quick):
     until((bucket / 'results.json').exists)
     last = (bucket / workdir.RUN).stat().st_mtime_ns
     until(lambda: (bucket / workdir.RUN).stat().st_mtime_ns > last)
-    with pytest.raises(UserError, match='WORKDIR: .*nothing of the kind'):
+    with pytest.raises(UserError, match='WORKDIR: .*no work directory'):
       with mirror.copied(url, 'WORKDIR', lambda name: name == 'nothing'):
         pass
 
@@ -462,7 +462,7 @@ def test_a_place_that_can_not_be(url, bucket, machine, monkeypatch):
 
   refused('nope://bucket/run', 'wanted a folder of this machine, gs://')
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
-  refused('gs://bucket/run', r"needs pip install 'rocl-jax\[gcs\]'")
+  refused('gs://bucket/run', r"wants pip install 'rocl-jax\[gcs\]'")
   refused('file://', 'wanted a bucket')
   refused(url, 'nothing is there', begins=False)
   bucket.mkdir(parents=True)

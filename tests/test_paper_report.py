@@ -271,7 +271,30 @@ def test_orderings_have_three_outcomes(whole, sections):
     'shown': table.count('| shown |') - 2,  # over small, twice, is ours alone
     'within noise': table.count('| within noise |') - 2,
     'not shown (opposite)': table.count('| not shown (opposite) |'),
+    'at chance level': 0,
   }
+
+
+def test_no_ordering_among_guesses(tmp_path):
+  make_reproduction(tmp_path, seeds=1)
+  path = tmp_path / 'seed0' / 'results.json'
+  ordering = orderings.Ordering(
+    '',
+    Model('ours_90', 'finetune'),
+    Model('baseline2_90', 'finetune'),
+    'robust_top1',
+  )
+  for above, verdict in ((10.0, 'at chance level'), (14.0, 'shown')):
+    records = json.loads(path.read_text())
+    for record in records:
+      record['class_names'] = [str(i) for i in range(10)]
+      if record['stage'] == 'finetune' and record['run'] == 'ours_90':
+        record['robust_top1'] = above
+      if record['stage'] == 'finetune' and record['run'] == 'baseline2_90':
+        record['robust_top1'] = 7.0
+    path.write_text(json.dumps(records))
+    outcome = orderings.judge(Reproduction(tmp_path), ordering)
+    assert outcome.verdict == verdict
 
 
 def test_the_error_of_an_ordering(tmp_path):

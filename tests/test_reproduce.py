@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -179,17 +180,23 @@ TINY = '--config=tests/paper_tiny.py'
 def test_one_command_runs_what_is_missing(tmp_path):
   options = [TINY, '--tables=1', '--autoattack=0', f'--workdir={tmp_path}']
   done = call(*options)
-  assert 'hours on this device' in done.stdout
+  assert 'minutes on this device, by FLOPs' in done.stdout
   records = json.loads((tmp_path / 'seed0' / 'results.json').read_text())
   assert {r['run'] for r in records} == {'ours_90', 'baseline1', 'baseline2_90'}
   assert not (tmp_path / 'seed0' / 'baseline1' / '2_linear_eval').exists()
   assert (tmp_path / 'report.md').exists()
+  new = tmp_path / 'new'
+  assert 'ours_90' in call(TINY, f'--workdir={new}', '--dry_run').stdout
+  assert not new.exists()
   plan = call(*options, '--dry_run').stdout
   left = [line.split()[-1] for line in plan.splitlines() if line[:2] == '0 ']
   assert left == ['0.0'] * 8
   other = call(*options, '--config.supervised.beta=3.0', status=2)
   assert 'config.supervised.beta: found 3.0, but' in other.stderr
   assert 'one measured step' not in other.stdout
+  (allowed,) = re.findall('--allow_change=[a-z.,]+', other.stderr)
+  assert allowed.endswith('config.prune.beta,config.finetune.beta')
+  call(*options, '--config.supervised.beta=3.0', allowed)
   doctor = subprocess.run(
     [sys.executable, '-m', 'rocl_jax.doctor', str(tmp_path)],
     cwd=ROOT,

@@ -64,8 +64,9 @@ def main(_: list[str]) -> None:
   for where in slices:
     for stage in stages:
       steps.check(stage, where.devices)
-  if any(where.layout for where in slices):
-    ahead.check_installed()
+  for (flag, _), where in zip(names, slices, strict=True):
+    if where.layout:
+      ahead.check_installed(flag)
 
   asked = shlex.join(['python', '-m', 'rocl_jax.plan', *sys.argv[1:]])
   planned, path = [], None

@@ -24,11 +24,11 @@ from rocl_jax.plan.estimate import Memory, Step
 _EFFORT = 'exec_time_optimization_effort'
 
 
-def check_installed() -> None:
+def check_installed(flag: str = '--topology') -> None:
   """Raises UserError without the extra that brings the compiler."""
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(
-      '--topology: TPU programs are compiled by libtpu, which is not '
+      f'{flag}: TPU programs are compiled by libtpu, which is not '
       "installed: pip install -e '.[tpu]'"
     )
 

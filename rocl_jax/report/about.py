@@ -143,10 +143,9 @@ def commands(out: Writer, found: Reproduction) -> None:
     package = path.parent.name if path.stem == '__main__' else path.stem
     start = 'train.py' if package == 'train' else f'-m rocl_jax.{package}'
     made = f'python {start} {shlex.join(words[1:])}'.rstrip()
-    parts += [
-      f'The folder was last written by\n\n```\n{made}\n```',
-      'Overrides (`--config.FIELD=VALUE`) of it belong to the first two of:',
-    ]
+    parts.append(f'The folder was last written by\n\n```\n{made}\n```')
+  overrides = shlex.join(w for w in words if w.startswith('--config.'))
+  overrides = f' {overrides}' if overrides else ''
   last = found.last(found.main_run) or Model(found.main_run, 'finetune')
   model = f'W/{first}/{found.first.place(*last)}/model'
   surrogate = f"('W/{first}/{SURROGATE}/1_supervised/model',)"
@@ -155,8 +154,9 @@ def commands(out: Writer, found: Reproduction) -> None:
   asrun = ',asrun' if 'asrun' in argument.split(',') else ''
   again = [
     f'python -m rocl_jax.reproduce --config={preset} --seeds={seeds} '
-    '--workdir=W',
-    f'python train.py --config={file}:table2_ours{asrun} --workdir=W/one_row',
+    f'--workdir=W{overrides}',
+    f'python train.py --config={file}:table2_ours{asrun} --workdir=W/one_row'
+    f'{overrides}',
     f'{evaluate} --config=configs/eval.py:paper',
     f'{evaluate} --config=configs/eval.py:autoattack '
     '--config.eval.examples=1000',
@@ -165,12 +165,13 @@ def commands(out: Writer, found: Reproduction) -> None:
     '--config.transfer.unmasked=true',
     'python -m rocl_jax.report W',
   ]
+  others = [f'`{row}`' for row in published.row_names() if row != 'table2_ours']
   out.text(
     *parts,
     "Everything again; one row; one model under the paper's attacks, under "
     'AutoAttack, and under transfer with and without its mask; this report:',
     '\n'.join(['```', *again, '```']),
-    f'Rows: {", ".join(f"`{name}`" for name in published.row_names())}.',
+    f'Rows beside `table2_ours`: {", ".join(others)}.',
   )
 
 

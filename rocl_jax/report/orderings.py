@@ -16,6 +16,7 @@ from rocl_jax.report.reproduction import (
 from rocl_jax.report.text import Writer, number, table
 
 SHOWN, OPPOSITE, NOISE = 'shown', 'not shown (opposite)', 'within noise'
+GUESSES = 'at chance level'
 _SURE = 2.0  # standard errors
 _NAMED = 6  # orderings that were not tested, the rest is counted
 _TITLES = {
@@ -121,9 +122,21 @@ def judge(found: Reproduction, ordering: Ordering) -> Outcome | None:
     variance += difference.sd**2 / len(differences)
   error = math.sqrt(variance)
   verdict = NOISE
-  if abs(difference.mean) > _SURE * error:
+  if not any(_knows(r, key) for s in seeds for r in (above[s], below[s])):
+    verdict = GUESSES
+  elif abs(difference.mean) > _SURE * error:
     verdict = SHOWN if difference.mean > 0 else OPPOSITE
   return Outcome(difference, error, verdict)
+
+
+def _knows(record: Record, key: str) -> bool:
+  """Whether it is surely more accurate than one answer for all images."""
+  classes = record.get('class_names')
+  if not isinstance(classes, list) or not classes:
+    return True
+  chance = 100 / len(classes)
+  error = math.sqrt(_variance(chance, record['n']))
+  return record[key] > chance + _SURE * error
 
 
 def _variance(percent: float, n: int) -> float:
@@ -183,8 +196,9 @@ def section(out: Writer, found: Reproduction) -> None:
     '## Orderings',
     'Difference of top-1 accuracy in points, first minus second, last epochs, '
     'each pair under the same attack. “Shown” and “opposite” are more than two '
-    'standard errors from zero, all else is within noise. The error is that of '
-    'two binomial proportions'
+    'standard errors from zero, all else is within noise, or at chance level '
+    'where neither of the two does better than one answer for all images. The '
+    'error is that of two binomial proportions'
     + (
       ' and of the spread over seeds. '
       if len(found.seeds) > 1
@@ -206,7 +220,7 @@ def section(out: Writer, found: Reproduction) -> None:
 
 def counts(found: Reproduction) -> dict[str, int]:
   """How many orderings of the paper's tables came out how."""
-  tally = dict.fromkeys((SHOWN, NOISE, OPPOSITE), 0)
+  tally = dict.fromkeys((SHOWN, NOISE, OPPOSITE, GUESSES), 0)
   for ordering in all_of_them(found):
     outcome = judge(found, ordering)
     if outcome and _paper(ordering) is not None:

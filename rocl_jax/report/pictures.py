@@ -77,7 +77,8 @@ def against_sparsity(out: Writer, found: Reproduction) -> None:
       '## Accuracy against sparsity',
       'After the last stage of each method, under PGD-10; `magnitude` and '
       '`random` are pruned from the network of `ours` at 0 %. `small` is a '
-      'dense network with about as many weights as are kept at that sparsity.',
+      'dense network with about as many weights as are kept at that sparsity. '
+      'Methods stand beside each other at each of the three sparsities.',
     )
     out.picture(
       'sparsity',
@@ -97,7 +98,7 @@ def against_sparsity(out: Writer, found: Reproduction) -> None:
     out.picture(
       'size',
       'Clean and robust accuracy against the size of a file',
-      figures.against(by_size, 'bytes'),
+      figures.against(by_size, 'bytes, on a logarithmic scale'),
     )
     header = ['method', 'model', 'bytes', 'clean', 'PGD-10']
     out.text(table(header, rows, 2))

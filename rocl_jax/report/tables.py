@@ -347,23 +347,20 @@ def selections(out: Writer, work: Workdir) -> list[Record]:
 def others(out: Writer, work: Workdir, shown: Sequence[Record]) -> None:
   """Every record that no table above has: nothing measured goes unsaid."""
   used = {id(record) for record in shown}
-  rows = [
-    [
-      r['run'],
-      r['stage'],
-      r['selection'],
-      r['split'],
-      attack_text(r),
-      plain(r.get('n')),
-      *accuracies(r),
-    ]
-    for r in work.records
-    if id(r) not in used and not corrupted(r)
-  ]
+  rows: dict[tuple[str, ...], list[str]] = {}  # selections of one epoch: a row
+  for r in work.records:
+    if id(r) not in used and not corrupted(r):
+      cells = [r['run'], r['stage'], plain(r.get('epoch')), r['split']]
+      cells += [attack_text(r), plain(r.get('n')), *accuracies(r)]
+      rows.setdefault(tuple(cells), []).append(r['selection'])
   if rows:
-    header = ['run', 'stage', 'selection', 'split', 'attack', 'n']
+    header = ['run', 'stage', 'selection', 'epoch', 'split', 'attack', 'n']
     header += _accuracy_header()
-    out.text('## Other evaluations', table(header, rows, 5))
+    merged = [
+      [*cells[:2], ', '.join(dict.fromkeys(names)), *cells[2:]]
+      for cells, names in rows.items()
+    ]
+    out.text('## Other evaluations', table(header, merged, 6))
 
 
 def protocol(out: Writer, work: Workdir) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from rocl_jax import figures, published
 from rocl_jax.report.reading import Workdir
-from rocl_jax.report.records import Record
+from rocl_jax.report.records import Record, stage_order
 from rocl_jax.report.text import (
   Writer,
   column,
@@ -114,7 +114,7 @@ def curves(out: Writer, work: Workdir) -> None:
     (r for rows in metrics.values() for r in rows), 'validation'
   )
   stages = {}
-  for stage in work.stages(work.main_run):
+  for stage in stage_order(stage for _, stage in metrics):
     drawn = [
       _curve(run, metrics[run, stage], split)
       for run in work.runs
@@ -125,7 +125,8 @@ def curves(out: Writer, work: Workdir) -> None:
   if stages:
     out.text(
       '## Training',
-      f'Training loss, and accuracy on the {split} images after each epoch.',
+      f'Training loss, and accuracy on the {split} images after each epoch: '
+      '○ clean, ● under attack.',
     )
     out.picture(
       'curves',
@@ -251,7 +252,7 @@ def examples(out: Writer, work: Workdir) -> None:
         '## Examples',
         'Clean images above, the same images under attack below them, and '
         'what the attack added, magnified about mid grey; ✓ and green: '
-        'predicted right, ✗ and red: predicted wrong.',
+        'predicted right, ✗ and orange: predicted wrong.',
       )
       titled = True
     attack = f'{data.get("attack", "attack")}, eps {eps_text(data.get("eps"))}'

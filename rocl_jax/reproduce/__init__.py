@@ -1,7 +1,7 @@
 """The paper's tables: which runs they need, and what is measured of them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -103,8 +103,19 @@ def reproduce(
   autoattack: int,
   audit: int,
   dry_run: bool,
+  allowed: Collection[str] = (),
 ) -> str:
   """Runs what is missing; the path of the report, '' for a dry run.
+
+  Args:
+    config: see `configs/paper.py`.
+    workdir: a folder of this machine.
+    tables: as for `rows`.
+    seeds: a work directory each.
+    autoattack: images that AutoAttack gets.
+    audit: images of the checks of those evaluations.
+    dry_run: whether to show the plan alone, and to write nothing.
+    allowed: fields that may have changed, as for `pipeline.run`.
 
   Raises:
     UserError: a mistake in what was asked.
@@ -130,16 +141,18 @@ def reproduce(
   first = plans[seeds[0]]
   where = first.data
   dataset = data.load(where.source, where.dir, where.validation)
-  root = folders.make(workdir, '--workdir')
+  root = epath.Path(workdir).expanduser().resolve()
   for seed, one in plans.items():
-    pipeline.check(one, dataset, root / f'seed{seed}')
+    pipeline.check(one, dataset, root / f'seed{seed}', allowed)
+  if not dry_run:
+    folders.make(workdir, '--workdir')
   forecast.show(plans, root, dataset, autoattack)
   if dry_run:
     return ''
   problems = []
   for seed in seeds:
     folder = root / f'seed{seed}'
-    pipeline.run(configs[seed], str(folder))
+    pipeline.run(configs[seed], str(folder), allowed)
     for asked, models in evaluations(
       configs[seed], plans[seed].runs, folder, tables, autoattack, audit
     ):

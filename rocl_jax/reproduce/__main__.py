@@ -15,6 +15,8 @@ r"""Runs what is missing of the paper's tables, and reports.
 --audit=64             images of the checks of each of those evaluations; 0
                        checks the records alone
 --dry_run              the plan alone: rows, stages, epochs, hours
+--allow_change=FIELD,...  fields, such as config.supervised.beta, that may
+                       differ from what made the folder
 
 Rows share what they have in common: one pre-training serves them all. Table 4
 attacks from `surrogate`, a network of its own. Exit status 3: all was run, but
@@ -48,6 +50,7 @@ def main(_: list[str]) -> None:
     group.autoattack,
     group.audit,
     group.dry_run,
+    group.allow_change,
   )
   if path:
     print(report.summary(group.workdir))
@@ -72,6 +75,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('autoattack', 1000, 'Images.', lower_bound=0)
   flags.DEFINE_integer('audit', 64, 'Images.', 0, 256)
   flags.DEFINE_bool('dry_run', False, 'The plan alone.')
+  flags.DEFINE_list('allow_change', [], 'Fields that may have changed.')
   command.run(
     main,
     usage=__doc__ or '',

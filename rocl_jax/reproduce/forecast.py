@@ -15,6 +15,7 @@ from rocl_jax.benchmark import programs, timing, work
 from rocl_jax.data import Dataset
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import Experiment, Run
+from rocl_jax.progress import say
 from rocl_jax.report.text import aligned
 from rocl_jax.stages.supervised import Settings as Supervised
 from rocl_jax.training import Training
@@ -123,6 +124,7 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
   where = f'{jax.device_count()} {jax.devices()[0].device_kind}: {cell.name}'
   known = files.read_json(path, dict) if path.exists() else {}
   if where not in known:
+    say('measuring one training step')
     step = programs.training_step(programs.bench(cell), 'supervised', section)
     step.run()
     seconds = []
@@ -131,8 +133,15 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
       step.run()
       seconds.append(time.perf_counter() - begin)
     known[where] = step.work * cell.batch / timing.summary(seconds).median
-    files.write_json(path, known)
+    if path.parent.exists():  # a dry run makes no folder
+      files.write_json(path, known)
   return known[where]
+
+
+def _duration(seconds: float) -> str:
+  if seconds >= 3600:
+    return f'{seconds / 3600:.1f} hours'
+  return f'{seconds / 60:.1f} minutes'
 
 
 def show(
@@ -155,13 +164,13 @@ def show(
     later += sum(steps * _attack_step(run, dataset) / rate for run in one.runs)
   print(aligned(lines, {0, 1, 2, 3}))
   print(
-    f'\n{total / 3600:.1f} hours on this device, by FLOPs from one measured '
+    f'\n{_duration(total)} on this device, by FLOPs from one measured '
     f'step ({rate / 1e9:.1f} GFLOP/s), and compilation',
     flush=True,
   )
   if autoattack:
     print(
-      f'AutoAttack, where it was not run: at most {later / 3600:.1f} hours '
-      f'more, if a third of {autoattack} images withstand it',
+      f'AutoAttack, where it was not run: at most {_duration(later)} more, '
+      f'if a third of {autoattack} images withstand it',
       flush=True,
     )
