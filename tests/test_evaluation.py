@@ -97,7 +97,7 @@ def clockless(records):
   return [{k: v for k, v in r.items() if k != 'versions'} for r in records]
 
 
-def test_the_standard_suite(folder, tmp_path):
+def test_the_standard_suite(folder, tmp_path, monkeypatch):
   found = evaluate(config_of('standard'), [folder])
   by_name = {r['attack']: r for r in found.records}
   assert list(by_name) == ['clean', 'pgd10', 'pgd20', 'pgd50', 'autoattack']
@@ -123,6 +123,8 @@ def test_the_standard_suite(folder, tmp_path):
   protocol |= {'selection', 'sparsity', 'versions', 'fingerprint', 'split'}
   assert all(protocol <= r.keys() for r in found.records)
   assert not [c for c in found.checks['ours/finetune'] if not c.passed]
+  monkeypatch.setattr(results, '_attack', None)  # nothing is done again
+  assert evaluate(config_of('standard'), [folder]).records == found.records
   again = evaluate(config_of('standard'), [folder])
   assert clockless(again.records) == clockless(found.records)
   write_report(str(tmp_path / 'run'))

@@ -149,7 +149,8 @@ def test_what_is_evaluated_beside_the_suite(tmp_path):
     (parse(evaluate.Settings, c.to_dict(), 'config'), names)
     for c, names in found
   ]
-  assert [a.name for a in strong.eval.selected] == ['pgd10', 'autoattack']
+  suite = ['pgd10', 'pgd20', 'autoattack']
+  assert [a.name for a in strong.eval.selected] == suite
   assert (strong.eval.examples, strong.eval.eps) == (128, 0.1)
   assert f'{root}/4_finetune/model' in models
   assert len(models) == len(runs) - 1  # all but the surrogate

@@ -88,7 +88,8 @@ def evaluations(
   if autoattack:
     models = [path for name, path in last.items() if name != SURROGATE]
     # PGD on the same images, to set beside it.
-    yield asked(('pgd10', 'autoattack'), autoattack, audit, ()), models
+    suite = ('pgd10', 'pgd20', 'autoattack')
+    yield asked(suite, autoattack, audit, ()), models
   if str(_TRANSFER) in tables:
     models = [last[name] for name in published.runs_of(_TRANSFER)]
     everything = config.eval.examples
