@@ -4,16 +4,19 @@
     ...                                  # plain files; a plain path stays one
 
 The storage is the truth: what differs is fetched when a run begins, and what
-is not there goes. Only if the last run here ended before all was there, and
-nobody has held the place since, the local folder is the truth; if somebody
-has, it is set aside under another name.
+is not there goes, but for sealed folders that are whole here and damaged there:
+those are mended. Only if the last run here ended before all was there, its
+folder still says so, and nobody has held the place since, the local folder is
+the truth; if somebody has, it is set aside under another name.
 
 While a run goes on its files follow every few seconds, in the order in which
 they were written. A manifest goes after all that it seals, in the order of
 manifests, and before a sealed folder is overwritten or deleted its manifest
 is deleted: whoever fetches at any moment finds a folder whole, or not sealed.
 The file of `workdir.claim` goes first, and again and again: it says who holds
-the place. Who reads there what another has written pushes nothing any more.
+the place. Who reads there what another has written pushes nothing any more, and
+before each manifest he looks. What is deleted there meanwhile is put there
+again.
 """
 
 import contextlib
@@ -76,6 +79,7 @@ def mirrored(
     yield place
     return
   here: list[_Mirror] = []
+  folder = ''
 
   def begin() -> str:
     here.append(_Mirror(place, field, claim, begins, wanted))
@@ -90,6 +94,11 @@ def mirrored(
         yield folder
     else:
       yield folder
+  except (UserError, RunFailed) as e:
+    if not folder or place in str(e):
+      raise
+    # What there is to be done is done there, not to the copy.
+    raise type(e)(str(e).replace(folder, place.rstrip('/'))) from None
   finally:
     for one in here:
       one.close()
@@ -110,7 +119,7 @@ def copied(place: str, field: str, wanted: Wanted) -> Iterator[str]:
   with tempfile.TemporaryDirectory(prefix='rocl_jax') as base:
     folder = pathlib.Path(base) / remote.url.rpartition('/')[2]
     with _mistakes(place, field):
-      names = [name for name in remote.names() if wanted(name)]
+      names = [name for name in remote.files() if wanted(name)]
       if not names:
         raise UserError(f'{field}: {place}: there is no work directory')
       _fetch(remote, folder, names)
@@ -140,6 +149,8 @@ class _Mirror:
     self._ours: set[bytes] = set()  # what it may say
     self._held = False  # whether it says that this process holds the place
     self._lost: str | None = None  # who has taken it
+    self._missed = False  # whether files were deleted there meanwhile
+    self._claiming = threading.RLock()  # the claim is read or written
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     tail = re.sub(r'[^\w.-]+', '-', url.partition('://')[2], flags=re.ASCII)
     self.folder = cache_folder() / f'{digest}-{tail[-40:].strip("-.")}'
@@ -166,7 +177,7 @@ class _Mirror:
 
   def _meet(self, begins):
     """Looks at the place, and waits until nobody holds it."""
-    names = [name for name in self._remote.names() if self._belongs(name)]
+    names = [name for name in self._remote.files() if self._belongs(name)]
     found = self._found = self._remote.read(self._claim) or b''
     if not (begins or names):
       raise UserError(f'{self._field}: {self._url}: nothing is there')
@@ -191,30 +202,39 @@ class _Mirror:
 
   def _was_ours(self):
     """Whether nobody has held the place since a run here did not push all."""
-    mine = [_content(self._unpushed), _content(self.folder / self._claim)]
-    return self._unpushed.exists() and self._found in mine
+    claim = _content(self.folder / self._claim)
+    if not claim or not self._unpushed.exists():  # without one: deleted
+      return False
+    return self._found in (claim, _content(self._unpushed))
 
   def pull(self) -> None:
     """Makes the folder what the storage has; see the head of this file."""
     try:
-      names = {n for n in self._remote.names() if self._belongs(n)}
-      if self._was_ours():
+      files = self._remote.files()
+      names = {n for n in files if self._belongs(n)}
+      ours = self._was_ours()
+      if ours:
         say(f'{self._url}: goes on from {self.folder}, which was not all there')
-        same = _same(self._remote, self.folder, names)
-        here = _stats(self.folder)
-        sealed = tuple(f'{folder}/' for folder in _sealed([*names, *here]))
-        # What others put beside it stays, such as an evaluation's results.
-        self._known = {
-          name: here[name] if name in same else None
-          for name in names
-          if name in here or name.startswith(sealed)
-        }
       else:
         self._set_aside()
-        same = _same(self._remote, self.folder, names)
-        _delete(self.folder, lambda n: self._wanted(n) and n not in names)
-        _fetch(self._remote, self.folder, names - same, self._skew)
-        self._known = dict(self._stats())
+      whole = _whole(self._remote, self.folder, names)
+      if not ours:
+        keep = names | whole
+        _delete(self.folder, lambda n: self._wanted(n) and n not in keep)
+        _fetch(self._remote, self.folder, names - whole, self._skew)
+        whole |= names
+      here = self._stats()
+      sealed = tuple(f'{folder}/' for folder in _sealed([*names, *here]))
+      # What others put beside it stays, such as an evaluation's results.
+      self._known = {
+        name: here.get(name) if name in whole else None
+        for name in names
+        if name in here or name.startswith(sealed)
+      }
+      for name, (size, _) in here.items():
+        if name in whole and files.get(name, size + 1) != size:
+          warn(f'{self._url}: {name} is damaged there, and whole here')
+          self._known[name] = None
     except Exception as e:
       raise RunFailed(f'{self._url}: could not be fetched: {told(e)}') from None
     self._known.pop(self._claim, None)
@@ -223,6 +243,9 @@ class _Mirror:
 
   def _set_aside(self):
     if not self._unpushed.exists():
+      return
+    if not (self.folder / self._claim).exists():  # somebody deleted it
+      self._unpushed.unlink()
       return
     names = (f'{self.folder.name}.{i}' for i in itertools.count(1))
     aside = next(p for p in map(self.folder.with_name, names) if not p.exists())
@@ -273,8 +296,10 @@ class _Mirror:
     """The last push; `failed` is why the run ends, if it did not succeed."""
     for pause in (*_PAUSES, None):
       try:
-        self.beat()
-        self.push()
+        self._missed = True  # a last look at what is there
+        for _ in range(2):  # one may find that something was just deleted
+          self.beat()
+          self.push()
         self.beat()
         break
       except Exception as e:
@@ -294,8 +319,25 @@ class _Mirror:
     claimed, claim = _stat(path) != self._before, _content(path)
     if self._lost or not claimed or not workdir.parse(claim):
       return  # not yet, or just being written
-    found = self._remote.read(self._claim) or b''
-    if found not in self._ours:
+    with self._claiming:
+      found = self._look()
+      if self._lost:
+        return
+      if _content(self._unpushed) != found or not self._held:
+        self._unpushed.write_bytes(found)
+      self._ours.add(claim)  # before: a write that seems to fail may not have
+      self._remote.write(self._claim, claim)
+      self._held = True
+
+  def _look(self) -> bytes:
+    """What the claim there says; whether it is another's is kept in mind."""
+    with self._claiming:
+      found = self._remote.read(self._claim) or b''
+    if self._held and not found:
+      warn(f'{self._url}: was deleted; what is here is put there again')
+      self._held, self._missed = False, True
+      self._ours.add(b'')
+    elif found not in self._ours and not self._lost:
       who = workdir.parse(found)
       self._lost = (
         f'{self._url}: was taken over by process {who.get("process", "?")} on '
@@ -303,12 +345,7 @@ class _Mirror:
       )
       say(f'{self._lost}; stopping')
       interruption.request()
-      return
-    if _content(self._unpushed) != found or not self._held:
-      self._unpushed.write_bytes(found)
-    self._ours.add(claim)  # before: a write that seems to fail may not have
-    self._remote.write(self._claim, claim)
-    self._held = True
+    return found
 
   def push(self) -> None:
     """Makes the storage what the folder is now, for whom the place is held.
@@ -319,6 +356,10 @@ class _Mirror:
     """
     if not self._held and not self._lost:
       return
+    if self._missed:
+      there = self._remote.files()
+      self._missed = False
+      self._known = {n: s for n, s in self._known.items() if n in there}
     now = self._snapshot()
     new = [n for n in now if self._known.get(n) != now[n]]
     new.sort(key=lambda name: (now[name][1], name))
@@ -357,6 +398,7 @@ class _Mirror:
 
   def _seal(self, name, stat):
     """Pushes a manifest if all that it seals is there; whether it is."""
+    self._look()
     self._check()
     path = self.folder / name
     content = _content(path)
@@ -374,6 +416,8 @@ class _Mirror:
     return True
 
   def _remove(self, name):
+    if _is_manifest(name):
+      self._look()
     self._check()
     self._remote.remove(name)
     del self._known[name]
@@ -419,19 +463,19 @@ def _fetch(
     list(pool.map(get, names))
 
 
-def _same(
+def _whole(
   remote: Remote, folder: pathlib.Path, names: Iterable[str]
 ) -> set[str]:
-  """Names of files that need not be fetched: whole, under the same manifest."""
+  """Local files that need not be fetched: whole, under the same manifest."""
   here = _stats(folder)
-  same = set()
+  whole = set()
   for inside in _sealed(n for n in names if n in here):
     seal = f'{inside}/{MANIFEST}'
     if remote.read(seal) == _content(folder / seal):
       with contextlib.suppress(Damaged):
         verify(epath.Path(folder / inside))
-        same |= {n for n in names if n.startswith(f'{inside}/') and n in here}
-  return same
+        whole |= {n for n in here if n.startswith(f'{inside}/')}
+  return whole
 
 
 def _sealed(names: Iterable[str]) -> list[str]:

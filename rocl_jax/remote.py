@@ -2,7 +2,7 @@
 
   bucket = Remote('gs://bucket/run', '--workdir')
   bucket.write('config.json', b'{}')
-  bucket.names()                        # ['config.json']
+  bucket.files()                        # {'config.json': 2}
 
 Names are paths below the folder. On object stores a file is there whole or not
 at all; nothing is remembered of what was there before.
@@ -20,6 +20,8 @@ _INSTALL = {
   **dict.fromkeys(('gs', 'gcs'), "'rocl-jax[gcs]'"),
   **dict.fromkeys(('s3', 's3a'), 's3fs'),
 }
+# Of fsspec, and gone with the process.
+_FLEETING = ('memory', 'data')
 
 
 def is_remote(place: str) -> bool:
@@ -45,6 +47,9 @@ class Remote:
     import fsspec  # which takes a while, and only few need it
 
     protocol, _, rest = url.partition('://')
+    if protocol in _FLEETING:
+      wanted = 'wanted a folder of this machine, or gs://'
+      raise UserError(f'{field}: found {url}, which keeps nothing; {wanted}')
     if not rest.strip('/'):
       raise UserError(f'{field}: found {url}, wanted a bucket after ://')
     self.url = url.rstrip('/')
@@ -67,23 +72,23 @@ class Remote:
     except Exception as e:  # of credentials, say
       raise UserError(f'{field}: {url}: {told(e)}') from None
 
-  def names(self) -> list[str]:
-    """Every file; none where there is no folder."""
+  def files(self) -> dict[str, int]:
+    """Every file and its bytes; none where there is no folder."""
     self._fs.invalidate_cache()
     prefix = self._root.rstrip('/') + '/'
     try:
       found = self._fs.find(self._root, detail=True)
     except FileNotFoundError:
-      return []
-    names = []
+      return {}
+    files = {}
     for path, info in found.items():
       name = path.removeprefix(prefix)
       if name == path or info['type'] != 'file' or name.endswith('/'):
         continue
       if not manifest.is_inside(name):
         raise OSError(f'{path!r} is no name of a file')
-      names.append(name)
-    return names
+      files[name] = int(info.get('size') or 0)
+    return files
 
   def read(self, name: str) -> bytes | None:
     """The file's content; None where there is none."""

@@ -452,6 +452,71 @@ def test_who_was_taken_for_dead_stops(
   assert (folder / 'results.json').exists()
 
 
+def test_a_copy_that_was_deleted_is_no_truth(
+  url, bucket, machine, quick, monkeypatch
+):
+  with running(url) as folder:
+    seal(folder / '1_a' / 'model', 'a')
+    until((bucket / '1_a' / 'model' / manifest.MANIFEST).exists)
+    killed = json.loads((bucket / workdir.RUN).read_text())
+  write_json(bucket / workdir.RUN, killed)
+  unpushed = folder.with_name(folder.name + '.unpushed')
+  unpushed.write_bytes((bucket / workdir.RUN).read_bytes())
+  shutil.rmtree(folder)
+  monkeypatch.setattr(workdir, '_SILENCE', 0.0)
+  with running(url) as folder:
+    assert sealed_content(folder / '1_a' / 'model') == 'a'
+  assert sealed_content(bucket / '1_a' / 'model') == 'a'
+  assert not unpushed.exists()
+
+
+@pytest.mark.parametrize(
+  'harm', [lambda p: p.write_text(''), pathlib.Path.unlink]
+)
+def test_what_is_damaged_there_is_mended(url, bucket, machine, harm, capfd):
+  with running(url) as folder:
+    seal(folder / '1_a' / 'model', 'a')
+  harm(bucket / '1_a' / 'model' / 'state' / '_METADATA')
+  with running(url) as folder:
+    assert sealed_content(folder / '1_a' / 'model') == 'a'
+  assert sealed_content(bucket / '1_a' / 'model') == 'a'
+  assert '_METADATA is damaged there, and whole here' in capfd.readouterr().err
+
+
+def test_what_is_deleted_meanwhile_is_put_there_again(
+  url, bucket, machine, quick
+):
+  with running(url) as folder:
+    seal(folder / '1_a' / 'model', 'a')
+    write_json(folder / 'config.json', {})
+    until((bucket / '1_a' / 'model' / manifest.MANIFEST).exists)
+    shutil.rmtree(bucket)
+    until((bucket / '1_a' / 'model' / manifest.MANIFEST).exists)
+    until((bucket / workdir.RUN).exists)
+    (bucket / 'config.json').unlink()  # seen in the end
+  assert sealed_content(bucket / '1_a' / 'model') == 'a'
+  assert (bucket / 'config.json').exists()
+
+
+def test_whoever_was_taken_over_while_it_slept_seals_nothing(
+  url, bucket, machine, monkeypatch
+):
+  monkeypatch.setattr(interruption._State, 'number', None)
+  with pytest.raises(RunFailed, match='taken over'), running(url) as folder:
+    until((bucket / workdir.RUN).exists)
+    seal(folder / '1_a' / 'model', 'a')
+    write_json(bucket / workdir.RUN, {'status': 'running', 'host': 'tpu-7'})
+    # No sign of life has looked since.
+    monkeypatch.setattr(mirror._Mirror, 'beat', lambda self: None)
+  assert not (bucket / '1_a' / 'model' / manifest.MANIFEST).exists()
+
+
+def test_mistakes_name_the_place_not_its_copy(url, machine):
+  with pytest.raises(UserError, match=re.escape(f'delete {url}/1_a')):
+    with running(url) as folder:
+      raise UserError(f'delete {folder}/1_a')
+
+
 def test_a_place_that_can_not_be(url, bucket, machine, monkeypatch):
   def refused(place, wanted, **keywords):
     with pytest.raises(UserError, match=wanted) as told:
@@ -460,6 +525,7 @@ def test_a_place_that_can_not_be(url, bucket, machine, monkeypatch):
     assert str(told.value).startswith('--workdir: ')
     assert '\n' not in str(told.value) and place in str(told.value)
 
+  refused('memory://bucket/run', 'keeps nothing')
   refused('nope://bucket/run', 'wanted a folder of this machine, gs://')
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   refused('gs://bucket/run', r"wants pip install 'rocl-jax\[gcs\]'")
