@@ -160,8 +160,8 @@ def confirm(question: str, yes: bool) -> None:
     raise Mistake(f'{question} Answered no; nothing was done')
 
 
-def check_training(arguments: Sequence[str]) -> None:
-  """Raises Mistake where train.py would not get far with its arguments.
+def check_training(arguments: Sequence[str]) -> str:
+  """Raises Mistake where train.py would not get far; the work directory.
 
   What it needs is seen here, before anything is paid for; the fields of the
   config are looked at where there is JAX.
@@ -169,7 +169,7 @@ def check_training(arguments: Sequence[str]) -> None:
   said = dict(x.lstrip('-').partition('=')[::2] for x in arguments)
   flags = [x.lstrip('-') for x in arguments]
   bare = dict(zip(flags, arguments[1:], strict=False))
-  for name in ('config', 'workdir'):
+  for name in ('workdir', 'config'):
     if not (said.get(name) or bare.get(name)):
       raise Mistake(f"--{name}: missing; it comes after '--', as for train.py")
   file = (said.get('config') or bare['config']).partition(':')[0]
@@ -179,6 +179,7 @@ def check_training(arguments: Sequence[str]) -> None:
     close = difflib.get_close_matches(pathlib.Path(file).name, names, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise Mistake(f'--config: no such file in {ROOT}: {file}{hint}')
+  return said.get('workdir') or bare['workdir']
 
 
 def agreed(question: str) -> bool:

@@ -5,6 +5,7 @@ evaluation that failed its own checks; 130 interrupted by SIGINT, 143 by
 SIGTERM; anything else is a bug of ours and comes with its stack trace.
 """
 
+import ast
 import contextlib
 import errno
 import importlib.util
@@ -237,6 +238,13 @@ def _wrong_type(value, default):
       type(default)(value)
   except (ValueError, TypeError, AttributeError):
     return kinds[type(default)]
-  if isinstance(default, tuple) and value:
+  if isinstance(default, tuple) and value and not _is_tuple(value):
     return "a tuple such as ('a','b')"
   return None
+
+
+def _is_tuple(text):
+  try:
+    return isinstance(ast.literal_eval(text), tuple)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return False

@@ -27,6 +27,7 @@ from rocl_jax import command
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError
 from rocl_jax.progress import say
+from rocl_jax.remote import is_remote
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 
@@ -201,6 +202,8 @@ def convert(
       f'--stage: found {stage!r}, wanted one of {", ".join(STAGES)}'
     )
   run = parse_experiment(config).runs[0]
+  if is_remote(out):
+    raise UserError(f'--out: found {out}, wanted a folder of this machine')
   path = epath.Path(out).expanduser().resolve()
   if path.exists():
     raise UserError(f'--out: {path} is there already; nothing is overwritten')

@@ -1,8 +1,10 @@
 """Small JSON files: written whole or not at all, read with a plain word."""
 
+import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -39,6 +41,22 @@ def read_json(path: epath.Path, kind: type) -> Any:
 def write_json(path: epath.Path, value: Any) -> None:
   """`write_text` of indented JSON."""
   write_text(path, json.dumps(value, indent=1) + '\n')
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+  """Of what a record says beside its own field `checksum`."""
+  rest = {k: v for k, v in record.items() if k != 'checksum'}
+  text = json.dumps(rest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_record(path: object, i: int, record: Mapping[str, Any]) -> None:
+  """Raises UserError if a record of a results.json is not what was written."""
+  if record.get('checksum', '') not in ('', checksum(record)):
+    raise UserError(
+      f'{path}: record {i}, {record.get("attack")!r} on {record["run"]!r}, '
+      f'{record["stage"]!r}, is not what was written; delete it to measure anew'
+    )
 
 
 def cache_folder() -> pathlib.Path:

@@ -121,6 +121,7 @@ class Chain:
     root: the work directory.
     parent: the run of this experiment, and its stage, that it starts from.
     dataset: the images.
+    train_crc32: tells its training images from others.
     mesh: the devices.
     model: the network.
     evaluators: the attacks that every model meets; the first one also selects.
@@ -135,6 +136,7 @@ class Chain:
   root: epath.Path
   parent: tuple['Chain', str] | None
   dataset: Dataset
+  train_crc32: str
   mesh: Mesh
   model: models.Model
   evaluators: tuple[evaluation.Evaluator, ...]
@@ -194,6 +196,7 @@ def _chains(
     )
 
   splits = {'validation': dataset.validation, 'test': dataset.test}
+  train_crc32 = results.crc32(dataset.train)
   chains = []
   stages: dict[str, tuple[Chain, str]] = {}  # of the runs before, by folder
   for one in experiment.runs:
@@ -204,6 +207,7 @@ def _chains(
         root=root,
         parent=stages.get(one.init_from),
         dataset=dataset,
+        train_crc32=train_crc32,
         mesh=mesh,
         model=model,
         evaluators=evaluators,
@@ -275,11 +279,13 @@ def _first_variables(chain: Chain) -> Variables:
   start = chain.run.init_from
   if not start:
     return jax.device_get(jax.jit(functools.partial(_fresh, chain))())
-  stage = chain.root / start / 'model'
+  path = chain.root / start / 'model' if chain.parent else epath.Path(start)
 
   def read():
-    path = stage if checkpoint.is_model(stage) else epath.Path(start)
-    return checkpoint.load_model(path)[0]
+    try:
+      return checkpoint.load_model(path)[0]
+    except UserError as e:
+      raise UserError(f'config.init_from: {e}') from None
 
   return processes.from_first(read)
 
@@ -463,6 +469,7 @@ def _request(chain: Chain, stage: str) -> dict[str, Any]:
   request = {k: config[k] for k in ('seed', 'init_from', 'model')}
   # Where the images are and lie does not change what comes of them.
   request['data'] = {k: config['data'][k] for k in ('source', 'validation')}
+  request['data']['train_crc32'] = chain.train_crc32
   if chain.parent:  # what the stage before was made of, too
     request = _request(*chain.parent) | request
   elif start:
@@ -512,6 +519,8 @@ def _check_requests(
         request = _request(chain, stage)
         if checkpoint.is_model(directory / 'model'):
           before.pop('eval', None), request.pop('eval', None)
+        if 'train_crc32' not in before.get('data', {}):  # of earlier versions
+          del request['data']['train_crc32']
         where = f'{chain.run.name}/{stage}'
         notes.compare(before, request, where, str(directory))
   fields = {'config.' + field.replace('/', '.') for field in flatten(now)}

@@ -6,7 +6,6 @@ percent.
 """
 
 import hashlib
-import json
 import pathlib
 import subprocess
 import zlib
@@ -24,7 +23,7 @@ from rocl_jax.attacks.robustness import Outcome
 from rocl_jax.data import Split
 from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.evaluation import Evaluator
-from rocl_jax.files import read_json, write_json
+from rocl_jax.files import check_record, checksum, read_json, write_json
 from rocl_jax.progress import Countdown, say
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
@@ -336,23 +335,12 @@ def read(path: epath.Path) -> list[Record]:
   for i, record in enumerate(records):
     if not isinstance(record, dict) or not set(_NAMES) <= record.keys():
       raise UserError(f'{path}: found {record!r:.40}, wanted a record')
-    if record.get('checksum', '') not in ('', _checksum(record)):
-      raise UserError(
-        f'{path}: record {i}, {record["attack"]!r} on {record["run"]!r}, '
-        f'{record["stage"]!r}, is not what was written; delete it to measure '
-        'anew'
-      )
+    check_record(path, i, record)
   return records
 
 
 def _stamped(record: Record) -> Record:
-  return record | {'checksum': _checksum(record)}
-
-
-def _checksum(record: Record) -> str:
-  rest = {k: v for k, v in record.items() if k != 'checksum'}
-  text = json.dumps(rest, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+  return record | {'checksum': checksum(record)}
 
 
 def _merge(records: list[Record], new: list[Record]) -> list[Record]:

@@ -28,6 +28,7 @@ from test_stages import (
   stem_size,
 )
 
+from configs import quickstart
 from rocl_jax import (
   checkpoint,
   doctor,
@@ -42,7 +43,10 @@ from rocl_jax import (
 )
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.checkpoint import States
+from rocl_jax.data import Split, load
 from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.experiment import parse_experiment
+from rocl_jax.files import write_json
 from rocl_jax.manifest import Damaged
 from rocl_jax.trees import flatten
 from rocl_jax.types import TrainingSet
@@ -756,6 +760,25 @@ def test_a_pruned_weight_that_is_not_zero_is_never_evaluated():
     variables['params']['head']['kernel'] = bad
     with pytest.raises(RunFailed, match='head/kernel'):
       results.check_weights(variables)
+
+
+def test_other_training_images_are_told(tmp_path):
+  """[9] In the same place, and of the same number."""
+  experiment = parse_experiment(quickstart.get_config())
+  dataset, root = load('digits', '', 60), epath.Path(tmp_path)
+  main, *_ = pipeline._chains(experiment, dataset, root)
+  request = pipeline._request(main, 'pretrain')
+  write_json(root / 'config.json', main.run.config)
+  write_json(root / '1_pretrain' / 'request.json', request)
+  pipeline.check(experiment, dataset, root)
+  images, labels = dataset.train
+  other = dataset._replace(train=Split(255 - images, labels))
+  with pytest.raises(UserError, match='config.data.train_crc32: found'):
+    pipeline.check(experiment, other, root)
+  pipeline.check(experiment, other, root, ['config.data.train_crc32'])
+  del request['data']['train_crc32']  # of an earlier version
+  write_json(root / '1_pretrain' / 'request.json', request)
+  pipeline.check(experiment, other, root)
 
 
 def test_a_changed_config_is_told_field_by_field(tmp_path, capfd):

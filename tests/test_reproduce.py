@@ -113,7 +113,7 @@ def test_tables_bring_what_their_runs_start_from():
   assert 'baseline1' in rows(asrun, ['5'])  # its pre-training
   with pytest.raises(UserError, match="--tables: found '6', wanted some of 1,"):
     rows(config, ['6'])
-  with pytest.raises(UserError, match='--config: has no run baseline1'):
+  with pytest.raises(UserError, match='--config: compares no run baseline1'):
     rows(paper.get_config('table2_ours'), ['1'])
 
 
@@ -213,7 +213,13 @@ def test_one_command_runs_what_is_missing(tmp_path):
     (['--tables=7'], "--tables: found '7', wanted some of 1,2,3,4,5,baselines"),
     (['--seeds=a'], '--seeds: found a, wanted numbers'),
     (['--seeds='], '--seeds: found none'),
-    (['--config=configs/quickstart.py'], '--config: has no run'),
+    (['--config=configs/quickstart.py'], '--config: compares no run'),
+    (['--tables='], '--tables: found none'),
+    (['--config.compare=()'], '--config: compares no run'),
+    (
+      ['--config.compare=("baseline2_9",)'],
+      "no run baseline2_9 in baselines (did you mean 'baseline2_90'?)",
+    ),
     (['--config=configs/paper.py:table9_ours'], 'wanted a row'),
     (['--audit=999'], '--audit'),
     (['--config.seed=2'], 'config.seed: found 2, wanted --seeds=2'),

@@ -8,6 +8,7 @@ so that a prefix of a split holds every class about equally often.
 
 import io
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -182,7 +183,8 @@ def _decode_image(
     raise
   # A damaged image raises whatever pillow's parsers raise.
   except Exception as e:
+    told = re.sub(r' <_io[^>]*>', '', one_line(e))  # Pillow names our buffer
     raise UserError(
-      f'config.data.dir: {path} cannot be decoded ({one_line(e)}); '
-      'wanted a JPEG or PNG image'
+      f'config.data.dir: {path} cannot be decoded ({told}); wanted a JPEG or '
+      'PNG image'
     ) from e

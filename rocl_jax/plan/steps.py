@@ -61,7 +61,7 @@ def read(
   Raises:
     UserError: a mistake in the config, or a source whose sizes are not known.
   """
-  if not isinstance(config, ConfigDict) or 'data' not in config:
+  if not isinstance(config, ConfigDict) or 'stages' not in config:
     raise UserError(
       '--config: wanted a training config such as configs/cifar10.py'
     )

@@ -1,13 +1,16 @@
 """The files below a work directory, checked as they are read."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rocl_jax.errors import UserError
+from rocl_jax.files import check_record
 from rocl_jax.report.records import (
+  ACCURACIES,
   IDENTITY,
   Record,
   find_headline,
@@ -28,6 +31,7 @@ FILES = (
 
 MODEL = {'run': str, 'stage': str, 'selection': str, 'split': str}
 NUMBER = (int, float)
+_MOST_WEIGHTS = 10**12
 NUMBER_OR_NOT = (int, float, type(None))
 
 # What must agree for two transfers to be the same measurement.
@@ -105,6 +109,12 @@ def _read_results(path: Path) -> list[Record]:
     numbers = ('eps', 'n', 'sparsity', 'parameters')
     _require(where, record, dict.fromkeys(numbers, NUMBER_OR_NOT))
     _require(where, record, {'everyone': (bool, type(None))})
+    _require(where, record, {'config': (dict, type(None))})
+    for key in ACCURACIES:
+      x = record.get(key)
+      if isinstance(x, NUMBER) and math.isfinite(x) and not 0 <= x <= 100:
+        raise UserError(f'{where}: {key!r} may not be {x!r:.40}')
+    check_record(path, i, record)
     if record.get('corruption') is not None:
       _require(where, record, {'severity': int})
     if record.get('members') is not None:
@@ -203,7 +213,10 @@ def _read_model(path: Path) -> Record:
   _require(f'{path}: layers', layers, {})
   for name, layer in layers.items():
     title = ' '.join(name.split())[:80]  # one line, whatever it is
-    _require(f'{path}: layer {title}', layer, {'size': int, 'kept': int})
+    where = f'{path}: layer {title}'
+    _require(where, layer, {'size': int, 'kept': int})
+    if not 0 <= layer['kept'] <= layer['size'] <= _MOST_WEIGHTS:
+      raise UserError(f'{where}: size and kept are no counts of weights')
   return model
 
 

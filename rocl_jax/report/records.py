@@ -7,6 +7,8 @@ Record = dict[str, Any]
 
 STAGES = ('pretrain', 'linear_eval', 'supervised', 'prune', 'finetune')
 
+ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
+
 # What must agree for two records to be the same measurement.
 IDENTITY = (
   'run',

@@ -64,13 +64,16 @@ def value(records: Mapping[str, Record], key: str) -> Value:
 
 
 def seed_folders(path: Path) -> list[Path]:
-  """The work directories of a reproduction; none where it is not one."""
+  """The work directories of a reproduction; none where it is not one.
+
+  One that was begun and has nothing yet is left out, unless it is alone.
+  """
   if not path.is_dir():
     return []
   found = [(SEED_FOLDER.fullmatch(p.name), p) for p in path.iterdir()]
-  return [
-    p for _, p in sorted((int(m[1]), p) for m, p in found if m and p.is_dir())
-  ]
+  folders = sorted((int(m[1]), p) for m, p in found if m and p.is_dir())
+  begun = [p for _, p in folders if (p / 'config.json').is_file()]
+  return begun or [p for _, p in folders]
 
 
 class Reproduction:

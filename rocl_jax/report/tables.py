@@ -8,6 +8,7 @@ import numpy as np
 from rocl_jax import figures
 from rocl_jax.report.reading import Workdir
 from rocl_jax.report.records import (
+  ACCURACIES,
   Record,
   attack_of,
   attacked,
@@ -20,7 +21,6 @@ from rocl_jax.report.records import (
   stage_order,
 )
 from rocl_jax.report.text import (
-  ACCURACIES,
   Writer,
   accuracies,
   aligned,

@@ -1,5 +1,6 @@
 """Numbers, attacks and tables as text, and the file they go to."""
 
+import contextlib
 import math
 import os
 import re
@@ -10,16 +11,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rocl_jax import figures
+from rocl_jax.errors import UserError
 from rocl_jax.report import html
-from rocl_jax.report.records import Record, attacked
+from rocl_jax.report.records import ACCURACIES, Record, attacked
 
 DATASETS = {
   'digits': 'scikit-learn digits (handwritten digits, not CIFAR-10)',
   'cifar10': 'CIFAR-10',
 }
 SHORT_DATASETS = {'digits': 'handwritten digits', 'cifar10': 'CIFAR-10'}
-
-ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
 
 def number(value: Any, digits: int = 2) -> str:
@@ -73,7 +73,8 @@ def attack_text(record: Record) -> str:
 
 def _other_dtype(record: Record) -> Any:
   """The arithmetic of the evaluation, where training used another."""
-  network = (record.get('config') or {}).get('model') or {}
+  network = (record.get('config') or {}).get('model')
+  network = network if isinstance(network, dict) else {}
   dtype = record.get('dtype')
   return dtype if dtype != network.get('dtype', dtype) else None
 
@@ -135,7 +136,6 @@ class Writer:
 
   def picture(self, name: str, alt: str, figure: Figure) -> None:
     path = self.folder / 'figures' / f'{name}.png'
-    path.parent.mkdir(exist_ok=True)
     _replace(path, lambda tmp: figure.savefig(tmp, dpi=figures.DPI))
     self.text(f'![{alt}](figures/{name}.png)')
 
@@ -155,7 +155,13 @@ def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
   """Writes beside `path` and renames: a reader never sees half a file."""
   temporary = path.with_name(f'.{os.getpid()}.{path.name}')
   try:
+    path.parent.mkdir(exist_ok=True)
     write_to(temporary)
     os.replace(temporary, path)
+  except (FileExistsError, IsADirectoryError, NotADirectoryError) as e:
+    raise UserError(
+      f'{e.filename}: in the way of the report: {e.strerror}'
+    ) from None
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()

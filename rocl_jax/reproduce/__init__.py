@@ -30,8 +30,15 @@ def rows(config: ConfigDict, tables: Sequence[str]) -> tuple[str, ...]:
     UserError: there is no such table, or the config has no such run.
   """
   known = [*map(str, published.TABLES), BASELINES]
+  if not tables:
+    raise UserError(f'--tables: found none, wanted some of {",".join(known)}')
   needed: set[str] = set()
-  there = {config.get('name'), *config.get('baselines', {})}
+  listed = config.get('compare', ())
+  for name in listed:
+    if name not in config.baselines:
+      hint = nearest(name, config.baselines)
+      raise UserError(f'config.compare: no run {name} in baselines{hint}')
+  there = {config.get('name'), *listed}
   for table in tables:
     if table not in known:
       raise UserError(
@@ -46,8 +53,8 @@ def rows(config: ConfigDict, tables: Sequence[str]) -> tuple[str, ...]:
       needed.add(SURROGATE)
   if missing := needed - there:
     raise UserError(
-      f'--config: has no run {min(missing)}; wanted configs/paper.py or one '
-      'like it, without a row'
+      f'--config: compares no run {min(missing)}, which --tables needs; wanted '
+      'configs/paper.py or one like it, without a row'
     )
   for name in reversed(config.compare):  # and what they start from
     if name in needed:

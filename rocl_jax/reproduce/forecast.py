@@ -123,7 +123,8 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
   cell = programs.Cell(run.model, section.batch_size, steps, size, classes)
   where = f'{jax.device_count()} {jax.devices()[0].device_kind}: {cell.name}'
   known = files.read_json(path, dict) if path.exists() else {}
-  if where not in known:
+  rate = known.get(where)
+  if not isinstance(rate, float) or rate <= 0:
     say('measuring one training step')
     step = programs.training_step(programs.bench(cell), 'supervised', section)
     step.run()
@@ -132,10 +133,20 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
       begin = time.perf_counter()
       step.run()
       seconds.append(time.perf_counter() - begin)
-    known[where] = step.work * cell.batch / timing.summary(seconds).median
+    rate = step.work * cell.batch / timing.summary(seconds).median
+    known[where] = rate
     if path.parent.exists():  # a dry run makes no folder
       files.write_json(path, known)
-  return known[where]
+  return rate
+
+
+def _has_autoattack(folder: epath.Path, n: int) -> bool:
+  path = folder / 'results.json'
+  records = files.read_json(path, list) if path.exists() else []
+  return any(
+    isinstance(r, dict) and (r.get('attack'), r.get('n')) == ('autoattack', n)
+    for r in records
+  )
 
 
 def _duration(seconds: float) -> str:
@@ -161,7 +172,11 @@ def show(
       lines.append([str(seed), part.run, part.stage, start, *map(str, numbers)])
       total += part.flops / rate
     steps = autoattack * _AUTOATTACK_STEPS * _STANDING
-    later += sum(steps * _attack_step(run, dataset) / rate for run in one.runs)
+    later += sum(
+      steps * _attack_step(run, dataset) / rate
+      for run in one.runs
+      if not _has_autoattack(root / f'seed{seed}' / run.folders[-1], autoattack)
+    )
   print(aligned(lines, {0, 1, 2, 3}))
   print(
     f'\n{_duration(total)} on this device, by FLOPs from one measured '
