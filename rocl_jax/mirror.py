@@ -222,17 +222,17 @@ class _Mirror:
         keep = names | whole
         _delete(self.folder, lambda n: self._wanted(n) and n not in keep)
         _fetch(self._remote, self.folder, names - whole, self._skew)
-        whole |= names
       here = self._stats()
+      same = whole if ours else names
       sealed = tuple(f'{folder}/' for folder in _sealed([*names, *here]))
       # What others put beside it stays, such as an evaluation's results.
       self._known = {
-        name: here.get(name) if name in whole else None
+        name: here.get(name) if name in same else None
         for name in names
         if name in here or name.startswith(sealed)
       }
-      for name, (size, _) in here.items():
-        if name in whole and files.get(name, size + 1) != size:
+      for name in whole & here.keys():
+        if files.get(name) != here[name][0]:
           warn(f'{self._url}: {name} is damaged there, and whole here')
           self._known[name] = None
     except Exception as e:
