@@ -144,13 +144,19 @@ def test_other_sections_write_their_tables(tmp_path):
   folder = epath.Path(tmp_path)
   measured = {
     'masks': mask_speed.measure(settings, False, quiet),
-    'scaling': scaling.measure(settings, quiet),
     'roofline': roofline.measure(settings, quiet),
   }
   for section, records in measured.items():
     output.write(folder, section, records, section)
     assert json.loads((folder / f'{section}.json').read_text())['records']
-  by_kind = {(r['kind'], r['devices']): r for r in measured['scaling']}
+
+
+@pytest.mark.slow
+def test_scaling_counts_what_travels(tmp_path):
+  records = scaling.measure(small_settings(), lambda _: None)
+  path = output.write(epath.Path(tmp_path), 'scaling', records, 'scaling')
+  assert json.loads(path.with_suffix('.json').read_text())['records']
+  by_kind = {(r['kind'], r['devices']): r for r in records}
   assert not by_kind['strong', 1]['collectives']
   assert by_kind['weak', 2]['collectives']['all-reduce']['nbytes'] > 0
   assert by_kind['weak', 2]['batch'] == 16

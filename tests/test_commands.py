@@ -434,7 +434,7 @@ def test_other_mistakes(call, finished, tmp_path):
     told = [  # what a changed config differs in stands before
       line
       for line in result.stderr.splitlines()
-      if line and not re.match(r'warning:|[\w ]+: config\.[\w.]+ was ', line)
+      if line and not re.match(r'warning:|[\w /]+: config\.[\w.]+ was ', line)
     ]
     assert len(told) == 1, result.stderr
 
