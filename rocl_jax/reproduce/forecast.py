@@ -183,7 +183,7 @@ def show(
     f'step ({rate / 1e9:.1f} GFLOP/s), and compilation',
     flush=True,
   )
-  if autoattack:
+  if later:
     print(
       f'AutoAttack, where it was not run: at most {_duration(later)} more, '
       f'if a third of {autoattack} images withstand it',
