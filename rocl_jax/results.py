@@ -162,11 +162,12 @@ def crc32(split: Split) -> str:
 
 def _answers(record: Record, protocol: Record) -> bool:
   """Whether a record is of this protocol, and has all that an audit reads."""
-  said = dict(record)
-  if record.get('members'):  # each with what had withstood all up to it
+  said, members = dict(record), record.get('members')
+  if isinstance(members, list):  # each with what had withstood all up to it
     said['members'] = [
-      {k: v for k, v in member.items() if k != 'robust_top1'}
-      for member in record['members']
+      {k: v for k, v in m.items() if k != 'robust_top1'}
+      for m in members
+      if isinstance(m, dict)
     ]
   return protocol.items() <= said.items() and _AUDITED <= record.keys()
 

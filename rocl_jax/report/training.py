@@ -126,7 +126,7 @@ def curves(out: Writer, work: Workdir) -> None:
     out.text(
       '## Training',
       f'Training loss, and accuracy on the {split} images after each epoch: '
-      '○ clean, ● under attack.',
+      'clean solid (○), under attack dashed (●).',
     )
     out.picture(
       'curves',

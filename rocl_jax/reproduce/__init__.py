@@ -12,9 +12,9 @@ from rocl_jax import workdir as folders
 from rocl_jax.errors import RunFailed, UserError, nearest
 from rocl_jax.experiment import Run, parse_experiment
 from rocl_jax.remote import is_remote
+from rocl_jax.report.reproduction import SURROGATE
 from rocl_jax.reproduce import forecast
 
-SURROGATE = 'surrogate'
 BASELINES = 'baselines'
 _TRANSFER = 4  # the table of transfer attacks
 

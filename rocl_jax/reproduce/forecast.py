@@ -3,6 +3,7 @@
 One training step is measured; all else follows from FLOPs counted by hand.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from rocl_jax.data import Dataset
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import Experiment, Run
 from rocl_jax.progress import say
+from rocl_jax.report.reproduction import SURROGATE
 from rocl_jax.report.text import aligned
 from rocl_jax.stages.supervised import Settings as Supervised
 from rocl_jax.training import Training
@@ -124,7 +126,7 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
   where = f'{jax.device_count()} {jax.devices()[0].device_kind}: {cell.name}'
   known = files.read_json(path, dict) if path.exists() else {}
   rate = known.get(where)
-  if not isinstance(rate, float) or rate <= 0:
+  if not (isinstance(rate, float) and 0 < rate < math.inf):
     say('measuring one training step')
     step = programs.training_step(programs.bench(cell), 'supervised', section)
     step.run()
@@ -175,7 +177,10 @@ def show(
     later += sum(
       steps * _attack_step(run, dataset) / rate
       for run in one.runs
-      if not _has_autoattack(root / f'seed{seed}' / run.folders[-1], autoattack)
+      if run.name != SURROGATE
+      and not _has_autoattack(
+        root / f'seed{seed}' / run.folders[-1], autoattack
+      )
     )
   print(aligned(lines, {0, 1, 2, 3}))
   print(
