@@ -21,7 +21,7 @@ def get_config(argument: str = '') -> ConfigDict:
   for name in set(c.baselines).intersection(_LEFT_OUT):
     del c.baselines[name]
   if 'surrogate' in c.compare:
-    c.baselines.surrogate.supervised.total_epochs = 30
+    c.baselines.surrogate.supervised.total_epochs = 20
   return c
 
 
@@ -32,13 +32,13 @@ def _scale(c: ConfigDict) -> None:
   c.data.source = 'binary'
   c.data.validation = 200
   c.model.width = 16
-  c.pretrain.total_epochs = 16
+  c.pretrain.total_epochs = 10
   c.pretrain.segments = 1  # too few epochs to start over, as run or not
   c.pretrain.batch_size = 64
   c.pretrain.optimizer.learning_rate = 0.3
   c.pretrain.optimizer.schedule = 'cosine'
   c.pretrain.optimizer.warmup_epochs = 2.0
-  c.supervised.total_epochs = 4  # prune and finetune follow
+  c.supervised.total_epochs = 3  # prune and finetune follow
   c.supervised.batch_size = 64
   c.linear_eval.total_epochs = 30
   c.linear_eval.batch_size = 256
