@@ -217,7 +217,7 @@ def _evaluate(
   splits: dict[str, data.Split],
   about_splits: dict[str, dict[str, Any]],
 ) -> Evaluation:
-  from rocl_jax import audit, mesh, results, saved, transfer
+  from rocl_jax import audit_file, mesh, results, saved, transfer
 
   devices = mesh.make_mesh()
 
@@ -243,28 +243,16 @@ def _evaluate(
       settings.dtype,
     )
     (name, split), *_ = splits.items()
-    entry = _last_audit(one, settings, name, split)
-    count = min(settings.audit.examples, len(split.labels))
-    if entry['n'] < count:
-      one.say(f'audit on {count} {name} images')
-      checks, curves = audit.audit(
-        evaluation.logits_functions(saved.network(one.network)),
-        evaluation.visible(one.variables),
-        split.images[:count],
-        split.labels[:count],
-        eps=settings.eval.eps,
-        norm=settings.eval.norm,
-        mesh=devices,
-        seed=settings.seed,
-      )
-      entry |= {'n': count, 'steps': audit.USUAL_STEPS, 'curves': curves}
-      entry['images_crc32'] = results.crc32(_first(split, count))
-      entry['checks'] = _updated(entry['checks'], checks)
-    entry['checks'] = _updated(entry['checks'], audit.of_records(records))
-    checks = [audit.Check(**check) for check in entry['checks']]
+    checks = audit_file.audit_model(
+      one,
+      *(name, split, records),
+      settings.eval,
+      settings.audit.examples,
+      devices,
+      settings.seed,
+    )
     found.records.extend(records)
     found.checks[names[one.folder]] = checks
-    _write_audit(one, entry)
   if surrogates or settings.transfer.matrix:
     transfers, by_target = transfer.run(
       models,
@@ -342,77 +330,6 @@ def _check_folder(folder):
     raise UserError(
       f'--model: results go to {folder}, which can not be written: {e.strerror}'
     ) from None
-
-
-# Which audit an entry of audit.json is. Its curves are PGD's; the checks of
-# records speak of the suite's own attacks.
-_AUDIT = (
-  *('run', 'stage', 'selection', 'fingerprint', 'split'),
-  *('attack', 'seed', 'norm', 'eps', 'dtype'),
-)
-
-
-def _last_audit(model, settings, name, split):
-  """The model's entry in the audit.json beside its folder, or a new one.
-
-  New is one of no images: where there is none, or one of other images.
-  """
-  from rocl_jax.files import read_json
-  from rocl_jax.results import crc32
-
-  new = {k: model.about[k] for k in _AUDIT[:4]}
-  new |= {'split': name, 'attack': 'pgd', 'seed': settings.seed}
-  new |= {'norm': settings.eval.norm, 'eps': settings.eval.eps}
-  new |= {'dtype': model.network.settings.dtype}
-  new |= {'n': 0, 'steps': 0, 'images_crc32': '', 'checks': [], 'curves': {}}
-  path = model.folder.parent / 'audit.json'
-  for entry in read_json(path, list) if path.exists() else []:
-    if _audited(entry) == _audited(new) and _whole(entry):
-      if entry['images_crc32'] == crc32(_first(split, entry['n'])):
-        return entry
-  return new
-
-
-def _first(split, n):
-  return data.Split(split.images[:n], split.labels[:n])
-
-
-def _audited(entry):
-  return isinstance(entry, dict) and [entry.get(key) for key in _AUDIT]
-
-
-def _whole(entry):
-  """Whether an entry has all that this version writes."""
-  from rocl_jax.audit import Check
-
-  checks, n = entry.get('checks'), entry.get('n')
-  return (
-    isinstance(entry.get('images_crc32'), str)
-    and isinstance(entry.get('curves'), dict)
-    and isinstance(n, int)
-    and n > 0
-    and isinstance(checks, list)
-    and all(
-      isinstance(c, dict) and c.keys() == {*Check._fields} for c in checks
-    )
-  )
-
-
-def _updated(before, checks):
-  """Checks as JSON, those of the same name replaced."""
-  names = {check.check for check in checks}
-  kept = [check for check in before if check['check'] not in names]
-  return kept + [check._asdict() for check in checks]
-
-
-def _write_audit(model, entry):
-  """Puts an entry in the place of the one that it goes on from."""
-  from rocl_jax.files import read_json, write_json
-
-  path = model.folder.parent / 'audit.json'
-  before = read_json(path, list) if path.exists() else []
-  kept = [e for e in before if _audited(e) != _audited(entry)]
-  write_json(path, [*kept, entry])
 
 
 def main(_: list[str]) -> None:

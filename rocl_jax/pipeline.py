@@ -17,7 +17,6 @@ import functools
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -26,12 +25,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rocl_jax import (
+  changes,
   checkpoint,
   evaluation,
   interruption,
   loop,
   masks,
-  metrics,
   models,
   processes,
   results,
@@ -49,6 +48,7 @@ from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
 from rocl_jax.workdir import claim, make
 
+CONFIG = 'config.json'
 _EXAMPLES = 8  # images in examples.json
 
 
@@ -507,7 +507,7 @@ def _check_requests(
     UserError: a field that was not allowed; all changes are printed before.
   """
   now = json.loads(json.dumps(chains[0].run.config))
-  notes = _Notes(root / CHANGES)
+  notes = changes.Changes(root)
   config_file = root / CONFIG
   if config_file.exists():
     notes.compare(read_json(config_file, dict), now, 'the run')
@@ -524,67 +524,9 @@ def _check_requests(
         where = f'{chain.run.name}/{stage}'
         notes.compare(before, request, where, str(directory))
   fields = {'config.' + field.replace('/', '.') for field in flatten(now)}
-  fields |= {change['field'] for change in notes.changes}
-  before = metrics.read_lines(root / CHANGES)  # allowed once, and gone on with
-  fields |= {str(change.get('field')) for change in before}
+  fields |= notes.fields()  # some were allowed once, and are fields no more
   for field in allowed:
     if field not in fields:
       hint = nearest(field, fields) or '; wanted one such as config.seed'
       raise UserError(f'--allow_change: no such field: {field}{hint}')
   notes.settle(allowed, keep)
-
-
-CONFIG, CHANGES = 'config.json', 'changes.jsonl'
-
-
-class _Notes:
-  """The changes of a config between two starts in one work directory.
-
-  Args:
-    path: `changes.jsonl`, a line for each change that was gone on with.
-  """
-
-  def __init__(self, path: epath.Path):
-    self._path = path
-    self.changes: list[dict[str, Any]] = []
-
-  def compare(
-    self, before: dict, now: dict, where: str, folder: str | None = None
-  ) -> None:
-    """Adds what differs; with a `folder`, it decided what is in there."""
-    old, new = flatten(before), flatten(now)
-    for field in sorted(old.keys() | new.keys()):
-      if old.get(field) != new.get(field):
-        self.changes.append(
-          {
-            'field': 'config.' + field.replace('/', '.'),
-            'in': where,
-            'from': old.get(field),
-            'to': new.get(field),
-            'folder': folder,
-          }
-        )
-
-  def settle(self, allowed: Collection[str], keep: bool = True) -> None:
-    """Prints all, refuses what it must, writes down the rest if to `keep`."""
-    known = metrics.read_lines(self._path)
-    same = lambda c: {k: v for k, v in c.items() if k != 'at'}
-    new = [c for c in self.changes if c not in map(same, known)]
-    for change in new:
-      say(
-        f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
-        f'{change["to"]!r}'
-      )
-    decided = [change for change in new if change['folder']]
-    for change in decided:
-      if change['field'] not in allowed:
-        fields = dict.fromkeys(c['field'] for c in decided)
-        raise UserError(
-          f'{change["field"]}: found {change["to"]!r}, but {change["folder"]} '
-          f'was made with {change["from"]!r}; take another --workdir, delete '
-          'that folder and those after it, or go on with what is there: '
-          f'--allow_change={",".join(fields)}'
-        )
-    at = datetime.now(UTC).isoformat(timespec='seconds')
-    if new and keep:
-      metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

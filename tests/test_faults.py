@@ -30,6 +30,7 @@ from test_stages import (
 
 from configs import quickstart
 from rocl_jax import (
+  changes,
   checkpoint,
   doctor,
   loop,
@@ -783,12 +784,12 @@ def test_other_training_images_are_told(tmp_path):
 
 def test_a_changed_config_is_told_field_by_field(tmp_path, capfd):
   """[9]"""
-  path = epath.Path(tmp_path) / 'changes.jsonl'
+  root, path = epath.Path(tmp_path), epath.Path(tmp_path) / changes.FILE
   before = {'seed': 0, 'supervised': {'optimizer': {'learning_rate': 0.1}}}
   now = {'seed': 1, 'supervised': {'optimizer': {'learning_rate': 0.2}}}
 
   def notes():
-    found = pipeline._Notes(path)
+    found = changes.Changes(root)
     found.compare({'save_steps': 1}, {'save_steps': 2}, 'the run')
     found.compare(before, now, '2_supervised', '/w/2_supervised')
     return found
