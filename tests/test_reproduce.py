@@ -77,10 +77,10 @@ def test_the_small_scale_has_both_presets_in_proportion():
     runs = parse_experiment(config).runs
     return {r.name: [s.total_epochs for _, s in r.stages] for r in runs}
 
-  assert epochs('')['baseline2_90'] == [4, 4, 4]
-  assert epochs('asrun')['baseline2_90'] == [3, 3, 3]
-  assert epochs('asrun')['baseline12_90'] == [1, 4, 4]
-  assert epochs('asrun')['small_90'] == [16, 12]
+  assert epochs('')['baseline2_90'] == [3, 3, 3]
+  assert epochs('asrun')['baseline2_90'] == [2, 2, 2]
+  assert epochs('asrun')['baseline12_90'] == [1, 3, 3]
+  assert epochs('asrun')['small_90'] == [10, 9]
 
 
 def test_a_small_network_has_as_many_weights():
