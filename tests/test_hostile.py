@@ -261,6 +261,7 @@ EXAMPLE = {
   'clean': [[[0.0, 1.0, 0.5]]],
   'adversarial': [[[0.0, 1.0, 0.5]]],
 }
+HISTOGRAM = {'name': 'kept', 'edges': [0.0, 0.5, 1.0], 'counts': [2, 3]}
 ROWS = ''.join(json.dumps({'epoch': i, 'loss': 0.5}) + '\n' for i in (1, 2))
 
 
@@ -553,6 +554,11 @@ READERS = {
   'audit.json, report': _json([AUDIT], 'audit.json', reading._read_audit),
   'examples.json, report': _json(
     {'images': [EXAMPLE]}, 'examples.json', reading._read_examples
+  ),
+  'histograms.json, report': _json(
+    {'model': 'abc', 'panels': {'weight': [HISTOGRAM]}},
+    'histograms.json',
+    reading.read_histograms,
   ),
   'metrics.jsonl': _json(ROWS, 'metrics.jsonl', _epath(metrics.read_lines)),
   'metrics.jsonl, report': _json(ROWS, 'metrics.jsonl', reading._read_metrics),

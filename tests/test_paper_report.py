@@ -428,6 +428,21 @@ def test_histograms_of_a_whole_run(tmp_path):
   )
   text = text_of(tmp_path, pictures.histograms)
   assert '(figures/histograms.png)' in text and 'Left out' not in text
+  # A copy without weights still has them; not of another model.
+  picture = tmp_path / 'figures' / 'histograms.png'
+  before = picture.read_bytes()
+  picture.unlink()
+  (work / '3_prune' / 'checkpoints').rmtree()
+  assert text_of(tmp_path, pictures.histograms) == text
+  assert picture.read_bytes() == before
+  kept = tmp_path / 'figures' / 'histograms.json'
+  counted = json.loads(kept.read_text())
+  counted['panels']['weight'][0]['counts'].pop()
+  write_json(kept, counted)
+  with pytest.raises(UserError, match='weight: edges and counts are not'):
+    text_of(tmp_path, pictures.histograms)
+  write_json(kept, counted | {'model': 'another', 'panels': {}})
+  assert 'Left out' in text_of(tmp_path, pictures.histograms)
 
 
 @pytest.mark.parametrize(

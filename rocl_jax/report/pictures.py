@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from rocl_jax import figures
+from rocl_jax.files import write_json
 from rocl_jax.report import training
+from rocl_jax.report.reading import read_histograms
 from rocl_jax.report.reproduction import (
   Model,
   Reproduction,
@@ -25,6 +29,8 @@ _DENSE = {
 }
 _METHODS = ('ours', 'baseline2', 'magnitude', 'random', 'small')
 _BINS = 80
+
+_Panels = dict[str, list[figures.Histogram]]  # by what is on their x-axis
 
 
 def curves(out: Writer, found: Reproduction) -> None:
@@ -133,9 +139,17 @@ def by_stage(out: Writer, found: Reproduction) -> None:
 
 
 def histograms(out: Writer, found: Reproduction) -> None:
-  """Scores before and after pruning, weights before, after and fine-tuned."""
+  """Scores before and after pruning, weights before, after and fine-tuned.
+
+  What was counted stays beside the picture, so that a copy of the folder
+  without train states and models has it, too.
+  """
   out.text('## Scores and weights')
   panels = _panels(found)
+  if panels:
+    _keep(found, panels)
+  else:
+    panels = _kept(found)
   if not panels:
     out.text(
       'Left out: their histograms need the last train state of `prune` and the '
@@ -156,7 +170,31 @@ def histograms(out: Writer, found: Reproduction) -> None:
   )
 
 
-def _panels(found: Reproduction) -> dict[str, list[figures.Histogram]]:
+def _histograms_file(found: Reproduction) -> tuple[Path, str]:
+  """Where what was counted is kept, and which model it must be of."""
+  model = found.first.model(found.main_run, 'finetune')
+  path = found.path / 'figures' / 'histograms.json'
+  return path, str(model.get('fingerprint'))
+
+
+def _keep(found: Reproduction, panels: _Panels) -> None:
+  path, model = _histograms_file(found)
+  counted = {k: [h._asdict() for h in drawn] for k, drawn in panels.items()}
+  write_json(epath.Path(path), {'model': model, 'panels': counted})
+
+
+def _kept(found: Reproduction) -> _Panels:
+  path, model = _histograms_file(found)
+  known = read_histograms(path) if path.exists() else {}
+  if known.get('model') != model:
+    return {}
+  return {
+    title: [figures.Histogram(**h) for h in drawn]
+    for title, drawn in known['panels'].items()
+  }
+
+
+def _panels(found: Reproduction) -> _Panels:
   """Empty where train state or model are gone."""
   folders = found.first.folders[found.main_run]
   if not {'prune', 'finetune'} <= folders.keys():
@@ -164,8 +202,6 @@ def _panels(found: Reproduction) -> dict[str, list[figures.Histogram]]:
   if not (folders['prune'] / 'checkpoints').is_dir():
     return {}
   # They start JAX, which nothing else in a report needs.
-  from etils import epath
-
   from rocl_jax import checkpoint, masks
   from rocl_jax.trees import flatten
 

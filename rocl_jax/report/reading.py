@@ -26,7 +26,7 @@ STAGE_FOLDER = re.compile(r'(\d+)_(.+)')
 FILES = (
   *('results.json', 'audit.json', 'transfer.json', 'config.json'),
   *('run.json', 'request.json', 'model.json', 'examples.json'),
-  'metrics.jsonl',
+  *('metrics.jsonl', 'histograms.json'),
 )
 
 MODEL = {'run': str, 'stage': str, 'selection': str, 'split': str}
@@ -235,6 +235,24 @@ def _read_examples(path: Path) -> Record:
     shapes = [_shape(image[key]) for key in pixels]
     if None in shapes or shapes[0] != shapes[1]:
       raise UserError(f'{path}: image {i}: expected two of H x W x 3 numbers')
+  return data
+
+
+def read_histograms(path: Path) -> Record:
+  """What was counted for a picture: `model`, and `panels` by their titles."""
+  data = _read_object(path)
+  _require(str(path), data, {'model': str, 'panels': dict})
+  fields = {'name': str, 'edges': list, 'counts': list}
+  for title, drawn in data['panels'].items():
+    where = f'{path}: {" ".join(title.split())[:80]}'
+    _require_list(where, drawn, fields, 'histogram')
+    for histogram in drawn:
+      edges, counts = histogram['edges'], histogram['counts']
+      numbers = all(
+        type(x) in NUMBER and math.isfinite(x) for x in (*edges, *counts)
+      )
+      if not numbers or not counts or len(edges) != len(counts) + 1:
+        raise UserError(f'{where}: edges and counts are not those of bins')
   return data
 
 
