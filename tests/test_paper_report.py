@@ -10,7 +10,7 @@ import pytest
 
 from rocl_jax import figures, published, report
 from rocl_jax.errors import UserError
-from rocl_jax.report import about, orderings, paper, pictures
+from rocl_jax.report import about, findings, orderings, paper, pictures
 from rocl_jax.report.html import page
 from rocl_jax.report.reproduction import Model, Reproduction, Value
 from rocl_jax.report.size import packed_bytes
@@ -328,11 +328,33 @@ def test_selections_attacks_and_baselines(sections):
   ) in sections['Which epoch']
   assert (
     '| ours_90 | finetune | 77.00 ± 1.41 | 49.00 ± 1.41 | 48.00 ± 1.41 | 10000 '
-    '| 45.00 ± 1.41 | 49.00 ± 1.41 | 76.00 ± 1.41 | 1000 |'
+    '| 45.00 ± 1.41 | – | 49.00 ± 1.41 | 76.00 ± 1.41 | 1000 |'
   ) in sections['Attack by attack']
   baselines = sections['Baselines beside the paper']
   assert '| magnitude_90, not trained | 90 | 250 | 1,313 | 75.00' in baselines
   assert '`best_test` is +0.50 points' in sections['Findings']
+
+
+def test_an_attack_on_fewer_images_is_told_apart(tmp_path):
+  make_reproduction(tmp_path, seeds=1)
+  for path in tmp_path.rglob('results.json'):
+    records = json.loads(path.read_text())
+    few = [r | {'n': 256} for r in records if r['attack'] == 'pgd20']
+    usual = [r for r in records if r['attack'] == 'pgd10']
+    same = [
+      r | {'n': 256, 'robust_top1': r['robust_top1'] + 10}
+      for r in usual
+      if r['stage'] in ('finetune', 'linear_eval')
+    ]
+    strong = [r | {'attack': 'autoattack'} for r in same]
+    write_json(path, usual + few + same + strong)
+  text = text_of(tmp_path, paper.tables, paper.attacks, findings.section)
+  assert 'Under PGD-20 here, another n: 256.' in text
+  assert (
+    '| ours_90 | finetune | 76.00 | 48.00 | – | 10000 '
+    '| 58.00 | 47.00 | 58.00 | 75.00 | 256 |'
+  ) in text
+  assert '`ours_90` 58.00 under PGD-10, 47.00 under PGD-20, 256 images' in text
 
 
 def test_bytes_of_a_packed_network():

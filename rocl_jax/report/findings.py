@@ -10,6 +10,7 @@ from rocl_jax.report.reproduction import (
   Reproduction,
   paper_row,
   rows_of,
+  sizes,
   value,
 )
 from rocl_jax.report.text import Writer, number, plain
@@ -154,13 +155,15 @@ def _two_attacks(found: Reproduction) -> str:
   told = []
   for run in ('baseline1', 'ours_90'):
     model = found.last(run)
-    pair = [
-      value(found.records(model, attack), 'robust_top1') if model else None
-      for attack in ('pgd10', 'pgd20')
-    ]
-    if all(v is not None and v.values for v in pair):
-      texts = [v.text(len(found.seeds)) for v in pair if v is not None]
-      told.append(f'`{run}` {texts[0]} under PGD-10, {texts[1]} under PGD-20')
+    records = found.records(model, 'pgd20') if model else {}
+    weak = value(found.alongside('pgd10', records), 'robust_top1')
+    strong = value(records, 'robust_top1')
+    if weak.values and strong.values:
+      seeds = len(found.seeds)
+      told.append(
+        f'`{run}` {weak.text(seeds)} under PGD-10, {strong.text(seeds)} under '
+        f'PGD-20, {sizes(records)} images'
+      )
   return text + (f' Here: {"; ".join(told)}.' if told else '')
 
 

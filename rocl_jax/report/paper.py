@@ -95,6 +95,7 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
   """A table of the paper by stage: top-1, then top-5 where the paper has it."""
   seeds = len(found.seeds)
   first, second, missing, others = [], [], [], []
+  fewer: dict[str, None] = {}  # images under PGD-20, where not all had it
   for row in rows:
     wanted = Model(row['row'], row['stage'])
     model = found.holder(*wanted)
@@ -108,6 +109,8 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
     clean = value(usual, 'clean_top1')
     robust = {a: value(r, 'robust_top1') for a, r in measured.items()}
     same = robust[attack_of_row(row)]
+    if measured['pgd20'] and sizes(measured['pgd20']) != sizes(usual):
+      fewer[sizes(measured['pgd20'])] = None
     first.append(
       [
         row['method'],
@@ -139,6 +142,7 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
     header += ['here: clean top-5', 'PGD-10 top-5']
     header += ['here − paper: clean', 'robust']
     out.text(table(header, second, 2))
+  _notes(out, 'Under PGD-20 here, another n', [*fewer])
   _notes(out, 'Made by another run', others)
   _notes(out, 'Not measured', missing)
 
@@ -247,22 +251,26 @@ def attacks(out: Writer, found: Reproduction) -> None:
 
 
 _ATTACK_HEADER = (
-  *('clean', 'PGD-10', 'PGD-20', 'n'),
-  *('AutoAttack', 'PGD-10, same images', 'clean, same images', 'n'),
+  *('clean', 'PGD-10', 'PGD-20', 'n', 'AutoAttack'),
+  *(f'{name}, same images' for name in ('PGD-20', 'PGD-10', 'clean')),
+  'n',
 )
 
 
 def _under_attack(found: Reproduction, model: Model) -> list[str]:
   seeds = len(found.seeds)
-  by_attack = {attack: found.records(model, attack) for attack in ATTACKS}
-  usual, other, strong = by_attack.values()
+  usual, strong = (found.records(model, a) for a in ('pgd10', 'autoattack'))
+  beside = lambda attack, records: value(
+    found.alongside(attack, records), 'robust_top1'
+  ).text(seeds)
   return [
     value(usual, 'clean_top1').text(seeds),
     value(usual, 'robust_top1').text(seeds),
-    value(other, 'robust_top1').text(seeds),
+    beside('pgd20', usual),
     sizes(usual),
     value(strong, 'robust_top1').text(seeds),
-    value(found.alongside('pgd10', strong), 'robust_top1').text(seeds),
+    beside('pgd20', strong),
+    beside('pgd10', strong),
     value(strong, 'clean_top1').text(seeds),
     sizes(strong),
   ]
