@@ -14,6 +14,7 @@ from jax import lax
 
 from rocl_jax import augment, losses
 from rocl_jax.attacks.settings import AttackSettings
+from rocl_jax.logits import predict
 from rocl_jax.models import Model, update_statistics
 from rocl_jax.settings import at_least, one_of, within
 from rocl_jax.training import Training
@@ -69,31 +70,33 @@ def make_loss(
 def _trades(model, variables, images, labels, key, settings):
   frozen = model.prepare(variables)
   clean = frozen(images)  # once: it is constant while the attack runs
-  x_adv = settings.attack.attack(
+  found = settings.attack.attack(
     lambda x: losses.kl_divergence(clean, frozen(x)), images, key
   )
   logits, other, moments, other_moments = _train(
-    model, variables, images, x_adv
+    model, variables, images, found.images
   )
   values = losses.trades(logits, other, labels, settings.beta)
   # The published step runs four training-mode passes, for the accuracy meter,
   # the cross-entropy, the adversary and the KL's target, and each of them
   # updates the running averages. Only two of them differ.
   passes = [moments, moments, other_moments, moments]
-  return values, passes, _accuracies(labels, logits, other)
+  metrics = _accuracies(labels, logits, other) | found.metrics
+  return values, passes, metrics
 
 
 def _ce_pgd(model, variables, images, labels, key, settings):
   frozen = model.prepare(variables)
-  x_adv = settings.attack.attack(
+  found = settings.attack.attack(
     lambda x: losses.cross_entropy(frozen(x), labels), images, key
   )
   logits, other, moments, other_moments = _train(
-    model, variables, images, x_adv
+    model, variables, images, found.images
   )
   values = losses.cross_entropy(logits, labels)
   values += settings.beta * losses.cross_entropy(other, labels)
-  return values, [moments, other_moments], _accuracies(labels, logits, other)
+  metrics = _accuracies(labels, logits, other) | found.metrics
+  return values, [moments, other_moments], metrics
 
 
 def _natural(model, variables, images, labels, key, settings):
@@ -112,7 +115,7 @@ def _train(model, variables, images, x_adv):
 
 def _accuracies(labels, *logits):
   names = ('accuracy', 'adversarial_accuracy')
-  right = ((x.argmax(-1) == labels).mean() for x in logits)
+  right = ((predict(x, labels) == labels).mean() for x in logits)
   return dict(zip(names, right, strict=False))
 
 

@@ -25,10 +25,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rocl_jax import compiled, losses
-from rocl_jax.attacks import ensemble
+from rocl_jax.attacks import arguments, ensemble
 from rocl_jax.attacks.classifier import fold, image_keys
 from rocl_jax.attacks.pgd import ascend, start_noise
-from rocl_jax.attacks.robustness import Forwards, check_images, check_logits
+from rocl_jax.attacks.robustness import Forwards, as_floats
+from rocl_jax.logits import INVALID, predict
+from rocl_jax.settings import FieldError
 
 MOST_IMAGES = 256
 EPS_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -67,20 +69,32 @@ def audit(
     variables: what `forwards` takes; None for functions that need nothing.
     images: uint8, or float in [0, 1], [N, H, W, C]; 256 are enough.
     labels: int [N].
-    eps: the radius of the evaluation.
+    eps: the radius of the evaluation, more than 0; also as text, '8/255'.
     norm: 'linf' or 'l2'.
-    mesh: devices along an axis named `data`; one device if not given.
+    mesh: the devices; one of them if not given.
     seed: of the attacks' starts.
 
   Returns:
     The checks, and security curves: 'eps', 'steps' and 'restarts', each a list
     of {'eps': ..., 'robust_top1': percent}.
+
+  Raises:
+    ValueError: images, labels or arguments of the wrong kind.
   """
-  if mesh is None:
-    mesh = Mesh(np.array(jax.devices()[:1]), ('data',))
-  images, labels = np.asarray(images), np.asarray(labels)
-  check_images(images, labels)
-  check_logits(lambda x: forwards(variables)[1](x), images, labels)
+  eps = arguments.radius('eps', eps, norm)
+  if not eps > 0:
+    raise FieldError('eps', eps, 'more than 0: without a ball no attack moves')
+  arguments.seed(seed)
+  images = np.asarray(images)
+  arguments.check_images(images)
+  labels = arguments.labels(labels, len(images))
+  mesh = arguments.mesh(mesh, jax.local_devices()[:1])
+  functions = forwards(variables)
+  if not isinstance(functions, tuple | list) or len(functions) != 2:
+    wanted = 'a pair: what is attacked, what judges'
+    raise FieldError('forwards', type(functions).__name__, wanted)
+  for function in functions:
+    arguments.classes(function, images, labels)
   checks = _network(forwards, variables, images, labels)
   more, curves = _attacks(
     forwards, variables, images, labels, eps, norm, mesh, seed
@@ -96,8 +110,7 @@ def failed(checks: Iterable[Check]) -> list[Check]:
 def _network(forwards, variables, images, labels) -> list[Check]:
   """Checks that cost a few passes."""
   n = len(labels)
-  images = jnp.asarray(_floats(images))
-  labels = jnp.asarray(labels, jnp.int32)
+  images = jnp.asarray(as_floats(images))
 
   def passes(variables, images):
     attacked, judge = forwards(variables)
@@ -121,13 +134,21 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     compiled.jit(gradients)(variables, images, labels), np.float64
   ).reshape(n, -1)
 
-  sums = judged.sum(-1)
-  probable = judged.min() >= -1e-4 and np.abs(sums - 1).max() < 1e-3
-  scale = max(float(np.abs(judged).max()), 1e-12)
-  apart = lambda a, b: float(np.abs(a - b).max()) / scale
-  agree = float((attacked.argmax(-1) == judged.argmax(-1)).mean())
-  vanish = int((np.abs(gradient).max(-1) == 0).sum())
-  finite = bool(np.isfinite(judged).all() and np.isfinite(attacked).all())
+  known = judged[np.isfinite(judged)]
+  low, high = known.min(initial=0), known.max(initial=0)
+  scale = max(-low, high, 1e-12)
+  one, other = (
+    np.asarray(predict(jnp.asarray(x), labels)) for x in (attacked, judged)
+  )
+  agree = float((one == other).mean())
+  usable = np.isfinite(gradient)
+  vanish = int((~(usable & (gradient != 0)).any(-1)).sum())
+
+  def apart(a, b):
+    same = (a == b) | (np.isnan(a) & np.isnan(b))  # -inf, too
+    with np.errstate(invalid='ignore'):
+      difference = np.where(same, 0, np.abs(a - b)).max()
+    return np.inf if np.isnan(difference) else float(difference / scale)
 
   def close(name, difference):
     return Check(
@@ -138,12 +159,12 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     )
 
   return [
-    Check('logits are finite', finite, str(finite), 'True'),
+    _answers('clean', (one == INVALID) | (other == INVALID)),
     Check(
       'logits, not probabilities',
-      not probable,
-      f'rows that sum to {sums.mean():.4g}, from {judged.min():.4g}',
-      'logits: a softmax hides the margin, and its gradients vanish',
+      not -1e-4 <= low <= high <= 1 + 1e-3,
+      f'values from {low:.4g} to {high:.4g}',
+      'logits: a softmax or sigmoid hides the margin, and its gradients vanish',
     ),
     close('two passes give the same logits', apart(judged, again)),
     close(
@@ -161,9 +182,9 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     ),
     Check(
       'gradients are finite',
-      bool(np.isfinite(gradient).all()),
-      f'{int((~np.isfinite(gradient)).any(-1).sum())} of {n} images are not',
-      'none',
+      bool(usable.all()),
+      f'{int((~usable).any(-1).sum())} of {n} images have others',
+      'none: an attack can not follow them',
     ),
     Check(
       'no gradient of the margin vanishes',
@@ -177,18 +198,39 @@ def _network(forwards, variables, images, labels) -> list[Check]:
 _SAME = 1e-3  # logits are equal within this share of the largest
 
 
+def _answers(which: str, without: np.ndarray) -> Check:
+  """Whether the logits of all images are an answer, see `logits.invalid`."""
+  return Check(
+    f'the logits of every {which} image are an answer',
+    not without.any(),
+    f'{int(without.sum())} of {len(without)} images have none: NaN, +inf, or '
+    '-inf for the label',
+    'none without',
+  )
+
+
 def _attacks(forwards, variables, images, labels, eps, norm, mesh, seed):
   """Checks that cost attacks: PGD with more and more of everything."""
-  break_ = _pgd(forwards, variables, images, labels, norm, mesh, seed)
+  predict_ = _pgd(forwards, variables, images, labels, norm, mesh, seed)
   step_size = eps / 4
-  clean = break_(0.0, 0.0, 0, 0)
-  by_eps = [break_(f * eps, f * step_size, USUAL_STEPS) for f in EPS_FACTORS]
-  by_steps = [break_(eps, step_size, steps) for steps in STEPS]
-  runs = [break_(eps, step_size, USUAL_STEPS, turn) for turn in range(RESTARTS)]
+  right = predict_(0.0, 0.0, 0) == labels
+  without = np.zeros(len(labels), bool)  # an answer, somewhere in the ball
+
+  def break_(factor, *rest):
+    found = predict_(factor * eps, factor * step_size, *rest)
+    if factor <= 1:
+      without[found == INVALID] = True
+    return right & (found == labels)
+
+  by_eps = [break_(f, USUAL_STEPS) for f in EPS_FACTORS]
+  by_steps = [break_(1.0, steps) for steps in STEPS]
+  runs = [break_(1.0, USUAL_STEPS, turn) for turn in range(RESTARTS)]
   by_restarts = [np.logical_and.reduce(runs[: i + 1]) for i in range(RESTARTS)]
   # No ball: in L2 the box's own diagonal. Small steps would be one.
   most = 1.0 if norm == 'linf' else math.sqrt(images[0].size)
-  unbounded = break_(most, max(step_size, most * 2 / 255), 50)
+  unbounded = predict_(most, max(step_size, most * 2 / 255), 50)
+  # An image without an answer is not broken.
+  left = int((right & ((unbounded == labels) | (unbounded == INVALID))).sum())
 
   curve = lambda name, values, flags: [
     {name: value, 'robust_top1': round(100 * float(f.mean()), 4)}
@@ -196,13 +238,13 @@ def _attacks(forwards, variables, images, labels, eps, norm, mesh, seed):
   ]
   radii = [0.0, *(f * eps for f in EPS_FACTORS)]
   curves = {
-    'eps': curve('eps', radii, [clean, *by_eps]),
+    'eps': curve('eps', radii, [right, *by_eps]),
     'steps': curve('steps', STEPS, by_steps),
     'restarts': curve('restarts', range(1, RESTARTS + 1), by_restarts),
   }
-  left = int(unbounded.sum())
   return [
-    _non_increasing('eps', ['0', *EPS_FACTORS], [clean, *by_eps]),
+    _answers('attacked', without),
+    _non_increasing('eps', ['0', *EPS_FACTORS], [right, *by_eps]),
     _non_increasing('steps', STEPS, by_steps),
     _non_increasing('restarts', range(1, RESTARTS + 1), by_restarts),
     _alike(runs),
@@ -216,14 +258,14 @@ def _attacks(forwards, variables, images, labels, eps, norm, mesh, seed):
 
 
 def _pgd(forwards, variables, images, labels, norm, mesh, seed):
-  """(eps, step_size, steps, turn=0) -> whether each image is robust; one
-  program for all."""
+  """(eps, step_size, steps, turn=0) -> the class of each attacked image, or
+  INVALID; one program for all."""
   n = len(labels)
   size = -(-n // mesh.size) * mesh.size
   rows = ensemble.filled(np.arange(n), size)
   split = PartitionSpec('data')
   batch = jax.device_put(
-    (_floats(images)[rows], labels.astype(np.int32)[rows], rows),
+    (as_floats(images)[rows], labels[rows], rows),
     NamedSharding(mesh, split),
   )
   variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
@@ -233,7 +275,7 @@ def _pgd(forwards, variables, images, labels, norm, mesh, seed):
     attacked, judge = forwards(variables)
     keys = fold(image_keys(key, rows), turn)
     noise = start_noise(keys, images.shape, eps, norm, 'uniform')
-    x = ascend(
+    x, _ = ascend(
       lambda x: losses.cross_entropy(attacked(x), labels),
       images,
       images + noise,
@@ -242,8 +284,7 @@ def _pgd(forwards, variables, images, labels, norm, mesh, seed):
       steps=steps,
       norm=norm,
     )
-    right = judge(images).argmax(-1) == labels
-    return right & (judge(x).argmax(-1) == labels)
+    return predict(judge(x), labels)
 
   every = PartitionSpec()
   program = compiled.jit(
@@ -256,12 +297,12 @@ def _pgd(forwards, variables, images, labels, norm, mesh, seed):
     )
   )
 
-  def robust(eps, step_size, steps, turn=0):
+  def predictions(eps, step_size, steps, turn=0):
     return np.asarray(
       program(variables, *batch, key, eps, step_size, steps, turn)
     )[:n]
 
-  return robust
+  return predictions
 
 
 def _non_increasing(
@@ -330,8 +371,10 @@ def of_records(records: Sequence[Record]) -> list[Check]:
 def _one_record(record: Record) -> list[Check]:
   name, n = f'{record["attack"]} on {record["split"]}', record['n']
   clean, robust = record['clean_top1'], record['robust_top1']
-  counted = min(sum(map(sum, record['confusion'])), record['counted'])
+  classified = sum(record['per_class']['robust_predicted'])
+  counted = min(classified + record['invalid'], record['counted'])
   checks = [
+    *answers(name, record),
     Check(
       f'{name}: robust accuracy is not above clean',
       robust <= clean + chance(n),
@@ -366,6 +409,20 @@ def _one_record(record: Record) -> list[Check]:
       )
     )
   return checks
+
+
+def answers(name: str, record: Record) -> list[Check]:
+  """Whether the network answered everywhere, with gradients, as counted."""
+  n = record['n']
+  found = {
+    'the logits of every clean image are an answer': 'clean_invalid',
+    'the logits of every attacked image are an answer': 'invalid',
+    'every gradient of the attack is finite': 'stuck',
+  }
+  return [
+    Check(f'{name}: {text}', not record[k], f'{record[k]} of {n} not', 'all')
+    for text, k in found.items()
+  ]
 
 
 def inside(name: str, record: Record) -> list[Check]:
@@ -418,9 +475,3 @@ def white_box(name: str, own: float, transferred: float, n: int) -> Check:
     f'{own:.2f} and {transferred:.2f} %',
     f'at most {chance(n):.2f} points above',
   )
-
-
-def _floats(images: np.ndarray) -> np.ndarray:
-  images = np.asarray(images)
-  scale = 255 if images.dtype == np.uint8 else 1
-  return images.astype(np.float32) / np.float32(scale)

@@ -5,7 +5,7 @@ command line prints the message without a stack trace and exits with status 2.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 
 
 class UserError(Exception):
@@ -17,7 +17,7 @@ class RunFailed(Exception):
   """A run or an evaluation failed its own checks; exit status 3."""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Collection[str]) -> str:
   """Returns " (did you mean 'digits'?)" for a name like one of `names`.
 
   Args:
@@ -28,6 +28,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     The hint with a leading space, or '' when nothing is close.
   """
   close = difflib.get_close_matches(name, list(names), n=1)
+  close = close or [other for other in names if other.lower() == name.lower()]
   return f' (did you mean {close[0]!r}?)' if close else ''
 
 

@@ -199,7 +199,6 @@ def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
   splits, about_splits = _images(settings, models[0])
   for one in (*models, *surrogates):
     one.check_images(models[0])
-  evaluation.check_targets(settings.eval, len(models[0].class_names))
   for one in models:
     _check_folder(one.folder.parent)
     if settings.transfer.unmasked:
@@ -225,7 +224,10 @@ def _evaluate(
   def evaluators(network):
     return [
       evaluation.evaluator(
-        saved.network(network), attack, devices, settings.eval.batch_size
+        saved.network(network),
+        attack.of_classes(network.classes),
+        devices,
+        settings.eval.batch_size,
       )
       for attack in settings.eval.selected
     ]
@@ -257,7 +259,7 @@ def _evaluate(
     transfers, by_target = transfer.run(
       models,
       [*surrogates, *(models if settings.transfer.matrix else [])],
-      settings.eval.selected,
+      [a.of_classes(models[0].network.classes) for a in settings.eval.selected],
       splits,
       devices,
       settings.eval.batch_size,

@@ -10,6 +10,7 @@ gradients come from the folded form, the verdict from the network itself. What
 a number is made of is in `attacks.robustness`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.data import Split
 from rocl_jax.errors import UserError
 from rocl_jax.models import Model
+from rocl_jax.progress import warn
 from rocl_jax.settings import (
   FieldError,
   at_least,
@@ -59,6 +61,26 @@ class EvaluationAttack:
   def ball(self) -> dict[str, Any]:
     """`norm` and `eps`; None without an attack."""
     return {k: self.protocol[k] for k in ('norm', 'eps')}
+
+  def of_classes(self, count: int) -> 'EvaluationAttack':
+    """With no more targets than a network of so many classes has, and a
+    warning where that is fewer than were asked for."""
+    said = lambda protocol: (
+      protocol
+      | (
+        {'targets': min(protocol['targets'], count - 1)}
+        if protocol.get('targets')
+        else {}
+      )
+    )
+    protocol = said(self.protocol)
+    if 'members' in protocol:
+      protocol['members'] = [said(member) for member in protocol['members']]
+    if protocol == self.protocol:
+      return self
+    warn(f'{self.name}: {count} classes, so {count - 1} targets and no more')
+    members = tuple((name, a.of_classes(count)) for name, a in self.members)
+    return dataclasses.replace(self, members=members, protocol=protocol)
 
 
 class EvaluationAttacks(dict[str, EvaluationAttack]):
@@ -230,7 +252,7 @@ def evaluator(
 
   Args:
     model: the network whose accuracy is measured.
-    attack: the attack.
+    attack: the attack, `of_classes` of the model.
     mesh: the devices.
     batch_size: images at a time.
     source: another network, which is attacked in the model's place: a transfer
@@ -271,20 +293,6 @@ def logits_functions(model: Model, source: Model | None = None) -> Forwards:
 def visible(variables: Variables) -> Variables:
   """The part of the variables that a forward pass reads."""
   return {k: variables[k] for k in ('params', 'batch_stats')}
-
-
-def check_targets(settings: Settings, classes: int) -> None:
-  """Raises UserError where an attack aims at more classes than there are."""
-  for attack in settings.selected:
-    parts = attack.protocol.get('members', [attack.protocol])
-    for part in parts:
-      found, most = part.get('targets', 0), classes - 1
-      if found > most:
-        name = part.get('attack', attack.name)
-        raise UserError(
-          f'config.eval.attacks.{name}.targets: found {found}, wanted at most '
-          f'{most}, the other classes'
-        )
 
 
 def cut(splits: dict[str, Split], examples: int) -> dict[str, Split]:

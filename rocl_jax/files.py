@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +40,12 @@ def read_json(path: epath.Path, kind: type) -> Any:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """`write_text` of indented JSON."""
-  write_text(path, json.dumps(value, indent=1) + '\n')
+  """`write_text` of indented JSON, lists of nothing but numbers in a line."""
+  text = json.dumps(value, indent=1)
+  # No string has a line break of its own in JSON.
+  numbers = re.compile(r'\[\n[^"\[\]{}]*\]')
+  in_a_line = lambda found: f'[{" ".join(found[0][1:-1].split())}]'
+  write_text(path, numbers.sub(in_a_line, text) + '\n')
 
 
 def checksum(record: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Losses, one value an example.
 
 Every loss returns [N] and is minimised in training; an attack maximises the
-same function of its images. The caller takes the mean.
+same function of its images. The caller takes the mean. Those of logits compute
+in float32 at least, and are finite, value and gradient, where -inf rules out
+classes other than the label.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rocl_jax.logits import bounded, of_class
 from rocl_jax.mesh import gathered
 
 _TINY = 1e-12  # as in AutoAttack's ratios
@@ -18,21 +21,20 @@ _GUARD = 1e-8  # as in RoCL's `loss.py`, in the norm and in both logarithms
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """-log softmax(logits)[label]; logits [N, C], labels int [N] -> [N]."""
-  log_p = jax.nn.log_softmax(logits)
-  return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+  return -of_class(jax.nn.log_softmax(bounded(logits)), labels)
 
 
 def kl_divergence(logits: jax.Array, other: jax.Array) -> jax.Array:
   """KL(softmax(logits) || softmax(other)); [N, C] twice -> [N]."""
-  log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+  log_p, log_q = map(jax.nn.log_softmax, (bounded(logits), bounded(other)))
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Largest other logit less the label's: above 0 means misclassified."""
-  is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-  others = jnp.where(is_label, -jnp.inf, logits).max(-1)
-  return others - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+  z = bounded(logits)
+  is_label = jax.nn.one_hot(labels, z.shape[-1], dtype=bool)
+  return jnp.where(is_label, -jnp.inf, z).max(-1) - of_class(z, labels)
 
 
 def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -41,9 +43,10 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Croce and Hein 2020. With two classes there is no third: they get the margin.
   """
-  ranked = jnp.sort(logits, axis=-1, descending=True)
-  lead = ranked[:, 0] - ranked[:, 2] if logits.shape[-1] > 2 else 1.0
-  return margin(logits, labels) / (lead + _TINY)
+  z = bounded(logits)
+  ranked = jnp.sort(z, axis=-1, descending=True)
+  lead = ranked[:, 0] - ranked[:, 2] if z.shape[-1] > 2 else 1.0
+  return margin(z, labels) / (lead + _TINY)
 
 
 def targeted_dlr(
@@ -54,11 +57,11 @@ def targeted_dlr(
   The unit is the first logit's lead over the mean of the third and fourth; of
   three classes, over the third; of two, 1.
   """
-  of = lambda classes: jnp.take_along_axis(logits, classes[:, None], axis=1)
-  ranked = jnp.sort(logits, axis=-1, descending=True)
+  z = bounded(logits)
+  ranked = jnp.sort(z, axis=-1, descending=True)
   low = ranked[:, 2:4]
   lead = ranked[:, 0] - low.mean(-1) if low.shape[-1] else 1.0
-  return (of(targets) - of(labels))[:, 0] / (lead + _TINY)
+  return (of_class(z, targets) - of_class(z, labels)) / (lead + _TINY)
 
 
 def trades(

@@ -188,10 +188,11 @@ def _chains(
 
   @functools.cache  # runs of the same network share its compiled evaluation
   def network(settings: models.Settings):
-    model = models.build(settings, len(dataset.class_names))
+    classes = len(dataset.class_names)
+    model = models.build(settings, classes)
     batch_size = experiment.eval.batch_size
     return model, tuple(
-      evaluation.evaluator(model, attack, mesh, batch_size)
+      evaluation.evaluator(model, attack.of_classes(classes), mesh, batch_size)
       for attack in experiment.eval.selected
     )
 

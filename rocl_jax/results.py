@@ -30,15 +30,19 @@ from rocl_jax.types import Variables
 
 Record = dict[str, Any]
 
-# A newer record replaces the one that agrees with it in these.
+# A newer record replaces the one that agrees with it in these, and all that
+# are of weights that have gone, see `_merge`.
 _IDENTITY = (
-  *('run', 'stage', 'selection', 'split', 'n'),
+  *('run', 'stage', 'selection', 'fingerprint', 'split', 'n'),
   *('attack', 'norm', 'eps', 'dtype', 'images_crc32'),
 )
 # Which number a record is, at the least.
 _NAMES = ('run', 'stage', 'selection', 'split', 'n', 'attack', 'eps')
 # What an audit reads; an earlier version's record may not have it.
-_AUDITED = {'confusion', 'largest_outside', 'counted', 'disputed'}
+_AUDITED = {'per_class', 'largest_outside', 'counted', 'disputed'}
+_AUDITED |= {'clean_invalid', 'invalid', 'stuck'}
+# With more classes the table of all confusions would be most of a record.
+_MANY_CLASSES = 20
 _ACCURACIES = ('clean_top1', 'clean_top5', 'robust_top1', 'robust_top5')
 
 
@@ -91,6 +95,8 @@ def evaluate_model(
           new = protocol | _measured(
             outcome, evaluator, split, variables, about
           )
+        # Which model of this work directory it is of, whatever its weights.
+        new['folder'] = str(path.relative_to(results.parent))
         found = [_stamped(new)]
         records = _merge(records, found)
         if processes.is_first():
@@ -206,6 +212,9 @@ def _measured(
     | {'largest_distance': float(np.max(outcome.distance))}
     | {'largest_outside': float(np.max(outcome.outside))}
     | {'counted': outcome.counted, 'disputed': int(outcome.disputed.sum())}
+    | {'clean_invalid': int(outcome.clean_invalid.sum())}
+    | {'invalid': int(outcome.invalid.sum())}
+    | {'stuck': int((np.asarray(outcome.stuck) > 0).sum())}
     | by_class(outcome, split.labels, about['class_names'])
     | {'sparsity': about['sparsity']}
     | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}
@@ -219,9 +228,13 @@ def by_class(
   """Accuracy of each class, and what its images are taken for under attack.
 
   Returns:
-    `class_names`; `per_class`, {'n', 'clean_top1', 'robust_top1'}, percent,
-    None for a class without images; and `confusion`, counts by label and
-    class of the adversarial image.
+    `class_names`. `per_class`, lists by class: 'n' images, 'clean_top1' and
+    'robust_top1' in percent, None for a class without images, and how many
+    images are taken for the class, 'clean_predicted' and 'robust_predicted'.
+    `confusion`, counts by label and class of the adversarial image; of more
+    than 20 classes instead `confused`, [label, class, count] of the most
+    frequent ones where these differ, as many as there are classes. Images
+    without an answer are in none of these counts.
   """
   count = len(class_names)
   n = np.bincount(labels, minlength=count)
@@ -233,16 +246,31 @@ def by_class(
       for h, m in zip(hit, n, strict=True)
     ]
 
-  confusion = np.zeros((count, count), int)
-  np.add.at(confusion, (labels, np.asarray(outcome.adversarial_prediction)), 1)
+  def predicted(classes):
+    classes = np.asarray(classes)
+    return np.bincount(classes[classes >= 0], minlength=count).tolist()
+
+  taken = np.asarray(outcome.adversarial_prediction)
+  pairs = np.stack([labels, taken], 1)[taken >= 0]
+  kinds, counts = np.unique(pairs, axis=0, return_counts=True)
+  if count <= _MANY_CLASSES:
+    confusion = np.zeros((count, count), int)
+    confusion[tuple(kinds.T)] = counts
+    table = {'confusion': confusion.tolist()}
+  else:
+    rows = [(*kind, n) for kind, n in zip(kinds, counts, strict=True)]
+    rows = sorted((r for r in rows if r[0] != r[1]), key=lambda r: -r[2])
+    table = {'confused': [[int(x) for x in row] for row in rows[:count]]}
   return {
     'class_names': list(class_names),
     'per_class': {
       'n': n.tolist(),
       'clean_top1': percent(outcome.clean_top1),
       'robust_top1': percent(outcome.robust_top1),
+      'clean_predicted': predicted(outcome.clean_prediction),
+      'robust_predicted': predicted(taken),
     },
-    'confusion': confusion.tolist(),
+    **table,
   }
 
 
@@ -345,9 +373,19 @@ def _stamped(record: Record) -> Record:
 
 
 def _merge(records: list[Record], new: list[Record]) -> list[Record]:
+  """Adds records; those that they replace go.
+
+  So do those of other weights that lay in a folder where the new ones lie.
+  """
   which = lambda r: tuple(r.get(k) for k in _IDENTITY)
   replaced = {which(r) for r in new}
-  return [r for r in records if which(r) not in replaced] + new
+  weights = {r['folder']: r['fingerprint'] for r in new}
+
+  def stays(r):
+    there = weights.get(r.get('folder'), r.get('fingerprint'))
+    return which(r) not in replaced and r.get('fingerprint') == there
+
+  return [r for r in records if stays(r)] + new
 
 
 def versions() -> dict[str, str]:

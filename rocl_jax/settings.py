@@ -114,11 +114,14 @@ def bind(
 def with_defaults(
   target: Callable[..., Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The arguments, and the default of each keyword that is not among them."""
+  """The arguments, and the default of each keyword that is not among them.
+
+  Keywords are the parameters that can be given by name alone.
+  """
   defaults = {
     name: p.default
     for name, p in inspect.signature(target).parameters.items()
-    if p.default is not p.empty
+    if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
   }
   return defaults | dict(arguments)
 

@@ -129,6 +129,9 @@ def _score(target, variables, source, attack, split, mesh, batch_size, seed):
   return {
     'clean_top1': round(outcome.percent('clean_top1'), 4),
     'robust_top1': round(outcome.percent('robust_top1'), 4),
+    'clean_invalid': int(outcome.clean_invalid.sum()),
+    'invalid': int(outcome.invalid.sum()),
+    'stuck': int((np.asarray(outcome.stuck) > 0).sum()),
     'largest_distance': float(np.max(outcome.distance)),
     'largest_outside': float(np.max(outcome.outside)),
     'versions': results.versions(),
@@ -142,7 +145,7 @@ def _check(rows: Sequence[Record]) -> list[audit.Check]:
   checks = []
   for row in rows:
     label = f'{row["attack"]} from {row["source_name"]}'
-    checks += audit.inside(label, row)
+    checks += audit.answers(label, row) + audit.inside(label, row)
     if row is not own:
       checks.append(
         audit.white_box(
@@ -186,7 +189,7 @@ def _identity(model: Saved) -> Record:
 
 def _has(record: Any, wanted: Record) -> bool:
   """Whether a record on disk was measured just so."""
-  measured = {'largest_distance', 'largest_outside'}
+  measured = {'largest_distance', 'largest_outside', 'invalid'}
   return isinstance(record, dict) and (
     wanted.items() <= record.items() and measured <= record.keys()
   )

@@ -15,14 +15,11 @@ from rocl_jax.attacks import (
   ensemble,
 )
 from rocl_jax.attacks.apgd import apgd
-from rocl_jax.attacks.classifier import (
-  image_keys,
-  on_objective,
-  ranked_class,
-)
+from rocl_jax.attacks.classifier import image_keys, on_objective
 from rocl_jax.attacks.fab import project
 from rocl_jax.attacks.pgd import STARTS, pgd
 from rocl_jax.attacks.square import square
+from rocl_jax.logits import INVALID, predict, ranked_class
 from rocl_jax.losses import cross_entropy, dlr, margin, targeted_dlr
 
 EPS = {'linf': 8 / 255, 'l2': 0.5}
@@ -172,7 +169,8 @@ classifier_attacks = pytest.mark.parametrize(
 def run_all(attack, images=IMAGES, labels=RIGHT, keys=KEYS):
   """All turns, each image at the first of them that fools the network."""
   found = images
-  turn_of = jax.jit(lambda turn: attack.run(logits, images, labels, keys, turn))
+  run = lambda turn: attack.run(logits, images, labels, keys, turn).images
+  turn_of = jax.jit(run)
   for turn in range(attack.turns):
     x = turn_of(turn)
     standing = (logits(found).argmax(-1) == labels)[:, None, None, None]
@@ -195,9 +193,9 @@ def test_classifier_attack_stays_inside_and_fools(attack, norm):
 def test_an_images_fate_is_its_own(attack, norm):
   """Neither its place in the batch nor its neighbours matter."""
   run = jax.jit(functools.partial(attack(eps=EDGE[norm]).run, logits))
-  x = run(IMAGES, RIGHT, KEYS, 0)
+  x, _ = run(IMAGES, RIGHT, KEYS, 0)
   order = jnp.array([4, 1, 5])
-  part = run(IMAGES[order], RIGHT[order], KEYS[order], 0)
+  part, _ = run(IMAGES[order], RIGHT[order], KEYS[order], 0)
   together = logits(x[order]).argmax(-1) == RIGHT[order]
   np.testing.assert_array_equal(
     logits(part).argmax(-1) == RIGHT[order], together
@@ -324,7 +322,7 @@ def test_a_run_goes_on_from_any_batch_to_the_same_end():
     prediction = np.zeros(size, int)
     prediction[: len(rows)] = strength[member, turn, rows] > 0.8
     zeros = np.zeros(size)
-    return ensemble.Attempt(zeros, prediction, *[zeros] * 4)
+    return ensemble.Attempt(zeros, prediction, *[zeros] * 5)
 
   run = lambda fates, settled=lambda *_: None: ensemble.run(
     members, attempt, labels, fates, (4, 8), settled
@@ -377,17 +375,259 @@ def test_random_networks_are_attacked_in_expectation():
   assert not result.robust.any()
 
 
+# Networks that give no answer, or no gradient.
+
+SHADES = 0.1 + 0.2 * jnp.arange(5)  # of the first pixel: which trouble
+
+
+def shade(images):
+  """Which of SHADES the first pixel has, a little moved or not."""
+  return jnp.abs(images[:, 0, 0, :1] - SHADES).argmin(-1)
+
+
+def troubled(centres, eps):
+  """A network that is sound on images of the first shade, rules out a class by
+  -inf on the second, has infinite gradients at black pixels on the third,
+  answers NaN at a distance from the centres on the fourth, +inf on the fifth.
+  """
+
+  def network(images):
+    kind = shade(images)[:, None]
+    moved = jnp.abs(images[:, None] - centres[None]).min(1).max((1, 2, 3))
+    answers = logits(images)
+    answers = jnp.where((kind == 1) & ruled_out, -jnp.inf, answers)
+    dark = jnp.where((kind == 2)[..., None, None], images, 1) ** 0.5
+    answers += dark.mean((1, 2, 3))[:, None] - 1
+    far = (kind == 3) & (moved > eps / 40)[:, None]
+    answers = jnp.where(far, jnp.nan, answers)
+    return jnp.where((kind == 4) & (jnp.arange(4) == 0), jnp.inf, answers)
+
+  ruled_out = jax.nn.one_hot(TROUBLED_LABELS, 4).sum(0) == 0
+  return network
+
+
+TROUBLED = IMAGES[:5].at[:, 0, 0, 0].set(SHADES).at[2, 4:].set(0)
+TROUBLED_LABELS = logits(TROUBLED).argmax(-1)
+
+
+def check_troubled(x, eps, norm):
+  """Finite, in its ball, and without an answer where the network has none."""
+  network = troubled(TROUBLED, eps)
+  assert bool(jnp.isfinite(x).all())
+  assert float(x.min()) >= 0 and float(x.max()) <= 1
+  limit = eps * (1 + 1e-5)
+  assert float(BALLS[norm].norm(x - TROUBLED).max()) <= limit
+  verdict = np.asarray(predict(network(x), TROUBLED_LABELS))
+  assert (verdict[:3] != INVALID).all() and (verdict[3:] == INVALID).all()
+
+
+@everywhere
+def test_only_finite_gradients_are_followed(attack, norm, start):
+  network = troubled(TROUBLED, EPS[norm])
+  objective = lambda x: cross_entropy(network(x), TROUBLED_LABELS)
+  x, stuck = attack(objective, TROUBLED, jax.random.key(0), counted=True)
+  check_troubled(x, EPS[norm], norm)
+  assert int(stuck[0]) == int(stuck[1]) == 0 and int(stuck[4]) > 0
+  assert bool((x != TROUBLED)[:3].any((1, 2, 3)).all())
+  if start == 'none':  # black pixels stay, and only they
+    assert int(stuck[2]) == 10 * int((TROUBLED[2] == 0).sum())
+    assert bool((x[2] == 0)[TROUBLED[2] == 0].all())
+
+
+@classifier_attacks
+def test_no_answer_is_neither_robust_nor_broken(attack, norm):
+  eps = EPS[norm] * 3
+  network = troubled(TROUBLED, eps)
+  keys, labels = KEYS[:5], TROUBLED_LABELS
+  x, stuck = jax.jit(functools.partial(attack(eps=eps).run, network))(
+    TROUBLED, labels, keys, 0
+  )
+  check_troubled(x, eps, norm)
+  assert int(stuck[0]) == int(stuck[1]) == 0
+  # A class that can not win changes nothing but that it is none.
+  far_below = lambda x: jnp.where(
+    jnp.isneginf(network(x)), logits(x).min() - 50, network(x)
+  )
+  other, _ = jax.jit(functools.partial(attack(eps=eps).run, far_below))(
+    TROUBLED, labels, keys, 0
+  )
+  fate = lambda x: np.asarray(predict(network(x), labels))[:2] == labels[:2]
+  np.testing.assert_array_equal(fate(x), fate(other))
+
+
+def test_autoattack_counts_what_has_no_answer():
+  few = [('apgd-ce', apgd(eps='8/255', steps=10))]
+  few += [('apgd-t', apgd(eps=8 / 255, loss='dlr', targets=9, steps=10))]
+  with pytest.warns(
+    UserWarning, match='apgd-t: found 9 targets, and 4 classes'
+  ):
+    result = autoattack(
+      *(troubled(TROUBLED, 8 / 255), TROUBLED, TROUBLED_LABELS),
+      eps='8/255',
+      attacks=few,
+    )
+  np.testing.assert_array_equal(result.invalid, [0, 0, 0, 1, 1])
+  assert not (result.robust & result.invalid).any()
+  assert (result.prediction[3:] == INVALID).all() and result.stuck[2] > 0
+  nothing = autoattack(
+    *(lambda x: logits(x) * jnp.nan, IMAGES, jnp.zeros(6, int)),
+    eps=0.1,
+    attacks=few,
+  )
+  assert nothing.invalid.all() and not nothing.robust.any()
+  assert not nothing.clean.any()
+
+
+TYPES = [
+  ('bfloat16', False),
+  ('float16', False),
+  ('float32', False),
+  ('float32', True),
+  ('float64', True),
+]
+
+
+@pytest.mark.parametrize('kind, x64', TYPES)
+def test_logits_of_every_type(kind, x64):
+  """Loops have carries of one type: tracing them shows it."""
+  eps = EPS['linf']
+  with jax.enable_x64(x64):
+    weights, head = (np.asarray(w, kind) for w in (WEIGHTS, HEAD))
+
+    def network(images):
+      flat = images.reshape(len(images), -1).astype(kind)
+      return jnp.tanh(flat @ weights) @ head
+
+    for norm in BALLS:
+      made = [
+        CLASSIFIER_ATTACKS[name](eps=eps, norm=norm, **options)
+        for name in CLASSIFIER_ATTACKS
+        for options in OPTIONS[name]
+      ]
+      keywords = {'eps': eps, 'step_size': eps, 'steps': 2, 'norm': norm}
+      made += [on_objective(ATTACKS[n], keywords, 'margin', 1) for n in ATTACKS]
+      for attack in made:
+        x, stuck = jax.eval_shape(
+          functools.partial(attack.run, network),
+          *(jnp.asarray(IMAGES), RIGHT.astype(jnp.int32), KEYS, jnp.int32(0)),
+        )
+        assert (x.dtype, stuck.dtype) == ('float32', 'int32'), attack
+    few = [('apgd', apgd(eps=EDGE['linf'], steps=5, loss='dlr', targets=3))]
+    run = functools.partial(autoattack, eps=EDGE['linf'], attacks=few)
+    images, labels = np.asarray(IMAGES), np.asarray(RIGHT)
+    robust = run(network, images, labels).robust
+    if kind == 'float32':
+      np.testing.assert_array_equal(robust, run(logits, IMAGES, RIGHT).robust)
+
+
+def test_images_and_labels_of_every_kind():
+  eight = (np.asarray(IMAGES) * 255).round().astype(np.uint8)
+  read_only = (eight / 255).astype(np.float32)
+  read_only.flags.writeable = False
+  few = [('square', square(eps=EDGE['linf'], queries=20))]
+  pairs = [
+    (eight, np.asarray(RIGHT, np.int64)),
+    (read_only, np.asarray(RIGHT, np.uint8)),
+    (jnp.asarray(eight / 255), RIGHT),
+    (eight / 255, np.asarray(RIGHT).tolist()),
+  ]
+  results = [
+    autoattack(logits, *pair, eps=EDGE['linf'], attacks=few) for pair in pairs
+  ]
+  for result in results[1:]:
+    np.testing.assert_allclose(result.images, results[0].images, atol=1e-6)
+    np.testing.assert_array_equal(result.robust, results[0].robust)
+  objective = lambda x: cross_entropy(logits(x), RIGHT)
+  attack = build('pgd', 'linf', 'uniform')
+  key = jax.random.key(3)
+  for images, _ in pairs[:3]:
+    x = attack(objective, images, key)
+    np.testing.assert_allclose(x, attack(objective, eight, key), atol=1e-6)
+  # Keys of the old style are keys.
+  old = attack(objective, eight, jax.random.PRNGKey(3))
+  np.testing.assert_array_equal(old, attack(objective, eight, key))
+  # Out of range by rounding alone.
+  edge = jnp.clip(IMAGES, 0, 1).at[0, 0, 0, 0].set(1 + 2**-23)
+  assert float(attack(objective, edge, key).max()) <= 1
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ((logits, IMAGES * 255, RIGHT), 'images: found'),
+    ((logits, IMAGES * 255, RIGHT), 'images: found.*divide by 255'),
+    ((logits, IMAGES * 2 - 1, RIGHT), 'images: found.*normalisation belongs'),
+    (
+      (logits, IMAGES * 1.2, RIGHT),
+      r'images: found .*wanted values in .0, 1.$',
+    ),
+    ((logits, IMAGES * jnp.nan, RIGHT), "images: found 'nan to nan'"),
     ((logits, IMAGES[0], RIGHT), 'images: found'),
     ((logits, IMAGES, RIGHT[:3]), 'labels: found'),
+    ((logits, IMAGES, RIGHT + 4), 'labels: found .*wanted 0 to 3'),
+    ((logits, IMAGES, jax.nn.one_hot(RIGHT, 4)), 'labels: found'),
     ((lambda x: x, IMAGES, RIGHT), 'logits_fn: found'),
+    ((lambda x: logits(x)[:, :1], IMAGES, RIGHT * 0), 'two classes or more'),
+    ((lambda x: logits(x).argmax(-1), IMAGES, RIGHT), 'logits_fn: found .int'),
+    ((lambda x: np.asarray(x), IMAGES, RIGHT), 'JAX can not trace'),
   ],
 )
 def test_autoattack_names_what_it_was_given(arguments, message):
   with pytest.raises(ValueError, match=message):
     autoattack(*arguments, eps=0.1)
-  with pytest.raises(ValueError, match='did you mean 8/255'):
-    autoattack(logits, IMAGES, RIGHT, eps=8)
+
+
+@pytest.mark.parametrize(
+  'keywords, message',
+  [
+    ({'eps': 8}, 'eps: found 8.0, wanted .*did you mean 8/255'),
+    ({'eps': '8/'}, "eps: found '8/', wanted a number, or a quotient"),
+    ({'eps': -0.1}, 'eps: found -0.1, wanted 0 or more'),
+    ({'norm': 'L2'}, "norm: found 'L2', wanted one of l2, linf.*mean 'l2'"),
+    ({'seed': -1}, 'seed: found -1, wanted 0 to'),
+    ({'batch_size': 0}, 'batch_size: found 0, wanted 1 to'),
+    ({'batch_size': 2.5}, 'batch_size: found 2.5, wanted a whole number'),
+    ({'version': 'plus'}, "version: found 'plus'"),
+    ({'mesh': 'cpu'}, "mesh: found 'str'"),
+    ({'attacks': ['apgd']}, r"attacks\[0\]: found 'apgd', wanted a pair"),
+  ],
+)
+def test_autoattack_names_a_keyword_of_the_wrong_kind(keywords, message):
+  with pytest.raises(ValueError, match=message):
+    autoattack(logits, IMAGES, RIGHT, **({'eps': 0.1} | keywords))
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'eps': 8}, 'eps: found 8.0, .*did you mean 8/255'),
+    ({'step_size': -1}, 'step_size: found -1'),
+    ({'steps': 1.5}, 'steps: found 1.5, wanted a whole number'),
+    ({'start': 'random'}, "start: found 'random', wanted one of gaussian"),
+    ({'norm': 'L2'}, "norm: found 'L2'"),
+    ({'images': IMAGES * 255}, 'images: found .*divide by 255'),
+    ({'key': 0}, 'key: found 0, wanted a key, such as jax.random.key'),
+    ({'key': KEYS[:3]}, r'key: found \[3\], wanted one key'),
+    ({'objective': lambda x: x.sum()}, 'objective: found .* a number for each'),
+    ({'objective': lambda x: x}, 'objective: found'),
+  ],
+)
+def test_pgd_names_what_it_was_given(changes, message):
+  given = {
+    'objective': loss_of(RIGHT),
+    'images': IMAGES,
+    'key': jax.random.key(0),
+  }
+  settings = {'eps': '8/255', 'step_size': '2/255', 'steps': 2} | changes
+  positional = [settings.pop(k, given[k]) for k in given]
+  with pytest.raises(ValueError, match=message):
+    pgd(*positional, **settings)
+
+
+def test_devices_may_lie_along_any_axes():
+  devices = np.array(jax.devices()[:4]).reshape(2, 2)
+  few = [('square', square(eps=EDGE['linf'], queries=5))]
+  run = functools.partial(
+    autoattack, logits, IMAGES, RIGHT, eps=EDGE['linf'], attacks=few
+  )
+  wide = run(mesh=jax.sharding.Mesh(devices, ('a', 'b')))
+  np.testing.assert_array_equal(wide.robust, run().robust)

@@ -74,6 +74,31 @@ def not_finite(images):
   return z + 1e-6 * jnp.sqrt(jnp.square(z - jax.lax.stop_gradient(z)))
 
 
+def nan_away(images):
+  """No answer but for the data."""
+  moved = jnp.abs(images[:, None] - IMAGES[None]).min(1).max((1, 2, 3))
+  return jnp.where(moved[:, None] > EPS / 8, jnp.nan, sound(images))
+
+
+def infinite(images):
+  return sound(images).at[:, 0].set(jnp.inf)
+
+
+def nothing(images):
+  return sound(images) * jnp.nan
+
+
+def label_ruled_out(images):
+  return jnp.where(
+    jax.nn.one_hot(LABELS[0], CLASSES) > 0, -jnp.inf, sound(images)
+  )
+
+
+def black_pixels(images):
+  """An infinite gradient at 0, where IMAGES have some pixels."""
+  return sound(images**0.5)
+
+
 def check(logits_fn, attacked=None, **keywords):
   forwards = lambda _: (attacked or logits_fn, logits_fn)
   return audit(forwards, None, IMAGES, LABELS, **({'eps': EPS} | keywords))
@@ -91,6 +116,17 @@ def test_a_sound_network_passes(norm, eps):
   assert [p['steps'] for p in curves['steps']] == [1, 2, 5, 10, 20, 50]
 
 
+def test_classes_that_are_ruled_out_are_no_defect():
+  """Two more, which no label has."""
+
+  def network(images):
+    return jnp.pad(sound(images), ((0, 0), (0, 2)), constant_values=-jnp.inf)
+
+  checks, curves = check(network)
+  assert not failed(checks), failed(checks)
+  assert curves == check(sound)[1]
+
+
 @pytest.mark.parametrize(
   'defect, name',
   [
@@ -101,12 +137,21 @@ def test_a_sound_network_passes(norm, eps):
     (dropout, 'a permuted batch gives permuted logits'),
     (noise, 'two passes give the same logits'),
     (not_finite, 'gradients are finite'),
+    (black_pixels, 'gradients are finite'),
+    (lambda x: jax.nn.sigmoid(sound(x)), 'logits, not probabilities'),
+    (nan_away, 'the logits of every attacked image are an answer'),
+    (nothing, 'the logits of every clean image are an answer'),
+    (infinite, 'the logits of every clean image are an answer'),
+    (label_ruled_out, 'the logits of every clean image are an answer'),
   ],
 )
 def test_a_planted_defect_is_caught(defect, name):
   checks, _ = check(defect)
-  assert name in [c.check for c in failed(checks)]
+  (found,) = [c.found for c in failed(checks) if c.check == name]
   assert all(c.found and c.wanted for c in checks)
+  if 'answer' in name:
+    wanted = (LABELS == LABELS[0]).sum() if defect is label_ruled_out else N
+    assert f'{wanted} of {N} images have none' in found
 
 
 def test_gradients_of_another_network_are_caught():
@@ -138,12 +183,25 @@ def test_labels_and_images_that_can_not_be_are_told():
   for images, labels, problem in [
     (IMAGES, LABELS + 1, 'labels: found .1 to 4., wanted 0 to 3'),
     (IMAGES * 255, LABELS, r'wanted values in \[0, 1\]; divide by 255'),
+    (IMAGES * 2 - 1, LABELS, r'wanted values in \[0, 1\]; normalisation'),
     (IMAGES * np.nan, LABELS, r'images: found .nan to nan.'),
     (IMAGES[:, 0], LABELS, 'images: found'),
     (IMAGES, LABELS[1:], 'labels: found'),
   ]:
     with pytest.raises(ValueError, match=problem):
       audit(forwards, None, images, labels, eps=EPS)
+  for keywords, problem in [
+    ({'eps': 8}, 'did you mean 8/255'),
+    ({'eps': 0}, 'eps: found 0.0, wanted more than 0'),
+    ({'eps': EPS, 'norm': 'L2'}, "norm: found 'L2'"),
+    ({'eps': EPS, 'seed': -1}, 'seed: found -1'),
+  ]:
+    with pytest.raises(ValueError, match=problem):
+      audit(forwards, None, IMAGES, LABELS, **keywords)
+  with pytest.raises(
+    ValueError, match='forwards: found .function., wanted a pair'
+  ):
+    audit(lambda _: sound, None, IMAGES, LABELS, eps=EPS)
 
 
 def record(**changes):
@@ -163,7 +221,10 @@ def record(**changes):
     'largest_outside': 0.0,
     'counted': 1000,
     'disputed': 0,
-    'confusion': [[500, 0], [250, 250]],
+    'clean_invalid': 0,
+    'invalid': 0,
+    'stuck': 0,
+    'per_class': {'robust_predicted': [750, 250]},
     'members': [
       {'attack': 'apgd-ce', 'algorithm': 'apgd', 'robust_top1': 46.0},
       {'attack': 'fab-t', 'algorithm': 'fab', 'robust_top1': 44.1},
@@ -177,7 +238,16 @@ def record(**changes):
   [
     ({}, None),
     ({'clean_top1': 40.0}, 'robust accuracy is not above clean'),
-    ({'confusion': [[500, 0], [250, 249]]}, 'each image is counted once'),
+    (
+      {'per_class': {'robust_predicted': [750, 249]}},
+      'each image is counted once',
+    ),
+    ({'clean_invalid': 1}, 'the logits of every clean image are an answer'),
+    (
+      {'invalid': 1, 'per_class': {'robust_predicted': [749, 250]}},
+      'the logits of every attacked image are an answer',
+    ),
+    ({'stuck': 1}, 'every gradient of the attack is finite'),
     ({'counted': 999}, 'each image is counted once'),
     (
       {'disputed': 3},
@@ -195,8 +265,8 @@ def test_what_records_say_is_checked(changes, problem):
 
 def test_one_image_more_is_no_evidence_against_gradients():
   """One of 360 is 0.27777... points, and records round."""
-  confusion = [[180, 0], [90, 90]]
-  few = record(n=360, counted=360, confusion=confusion, robust_top1=89.7222)
+  few = record(n=360, counted=360, robust_top1=89.7222)
+  few |= {'per_class': {'robust_predicted': [270, 90]}}
   few |= {'clean_top1': 98.0}
   for member, robust in zip(few['members'], (90.0, 90.0, 89.7222), strict=True):
     member['robust_top1'] = robust

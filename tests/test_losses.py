@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rocl_jax import losses
+from rocl_jax.logits import INVALID, in_top, predict
 
 LOGITS = jnp.array([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
 LABELS = jnp.array([0, 1])
@@ -31,6 +32,55 @@ def test_trades_is_cross_entropy_plus_beta_times_the_divergence():
     LOGITS, LOGITS[::-1], LABELS, 0.0
   )
   np.testing.assert_allclose(added, 6 * divergence, rtol=1e-4)
+
+
+def test_classes_that_are_ruled_out_change_nothing():
+  """-inf for a class that can not win: finite, value and gradient, and with
+  the softmax of the others alone."""
+  ruled_out = jnp.array([[2.0, -jnp.inf, 0.5, -1.0, -jnp.inf]])
+  rest, label = ruled_out[:, jnp.array([0, 2, 3])], jnp.array([0])
+  other = jnp.array([[0.0, -jnp.inf, 1.0, -jnp.inf, -2.0]])
+  for name, loss in {
+    'ce': lambda z: losses.cross_entropy(z, label),
+    'margin': lambda z: losses.margin(z, label),
+    'dlr': lambda z: losses.dlr(z, label),
+    'to an open class': lambda z: losses.targeted_dlr(z, label, label + 2),
+    'to a closed one': lambda z: losses.targeted_dlr(z, label, label + 1),
+    'kl': lambda z: losses.kl_divergence(z, other),
+    'kl, other way': lambda z: losses.kl_divergence(other, z),
+    'trades': lambda z: losses.trades(z, other, label, 6.0),
+  }.items():
+    for z in (ruled_out, ruled_out.astype(jnp.bfloat16), 100 * ruled_out):
+      total = lambda z, loss=loss: loss(z).sum()
+      value, gradient = jax.value_and_grad(total)(z)
+      assert bool(jnp.isfinite(value)), name
+      assert bool(jnp.isfinite(gradient).all()), name
+      assert not gradient[0, 1].any(), name
+  for loss in (losses.cross_entropy, losses.margin):
+    np.testing.assert_allclose(loss(ruled_out, label), loss(rest, label))
+  # All others ruled out: nothing can win.
+  lone = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
+  assert float(losses.margin(lone, label)[0]) < -900
+  assert float(losses.cross_entropy(lone, label)[0]) == 0
+
+
+def test_what_is_no_answer_is_no_class():
+  inf, nan = jnp.inf, jnp.nan
+  rows = {
+    (0.0, 2.0, 1.0): 1,
+    (-inf, 2.0, -inf): 1,
+    (nan, 2.0, 1.0): INVALID,
+    (0.0, 2.0, nan): INVALID,
+    (inf, 2.0, 1.0): INVALID,
+    (0.0, inf, 1.0): INVALID,
+    (0.0, -inf, 1.0): INVALID,
+    (-inf, -inf, -inf): INVALID,
+  }
+  logits, labels = jnp.array(list(rows)), jnp.ones(len(rows), int)
+  found = predict(logits, labels)
+  assert found.tolist() == list(rows.values())
+  np.testing.assert_array_equal(in_top(logits, labels, 1), found == 1)
+  np.testing.assert_array_equal(in_top(logits, labels, 3), found == 1)
 
 
 def brute_force_eq3(views, temperature):

@@ -18,8 +18,7 @@ A new attack is one file and one line in either dict; the tests of
 """
 
 from collections.abc import Callable
-
-import jax
+from typing import Any
 
 from rocl_jax.attacks.apgd import apgd
 from rocl_jax.attacks.autoattack import autoattack as autoattack
@@ -29,7 +28,7 @@ from rocl_jax.attacks.fab import fab
 from rocl_jax.attacks.pgd import pgd
 from rocl_jax.attacks.square import square
 
-ATTACKS: dict[str, Callable[..., jax.Array]] = {
+ATTACKS: dict[str, Callable[..., Any]] = {
   'pgd': pgd,
 }
 

@@ -8,9 +8,12 @@ import numpy as np
 from jax import lax
 
 from rocl_jax import losses
-from rocl_jax.attacks.balls import BALLS, check_ball, draw
-from rocl_jax.attacks.classifier import ClassifierAttack, fold, ranked_class
-from rocl_jax.settings import FieldError, at_least, one_of, within
+from rocl_jax.attacks import arguments
+from rocl_jax.attacks.balls import BALLS, draw, usable
+from rocl_jax.attacks.classifier import ClassifierAttack, fold
+from rocl_jax.attacks.pgd import Ascent
+from rocl_jax.logits import INVALID, predict, ranked_class
+from rocl_jax.settings import FieldError
 
 LOSSES = {'ce': losses.cross_entropy, 'dlr': losses.dlr}
 _MOMENTUM = 0.25  # the share of the last displacement in the next
@@ -33,6 +36,8 @@ def apgd(
   checkpoints up to which too few steps have raised the loss, or since which
   the best has not changed. As the official code: one step keeps a quarter of
   the displacement before it; the last point that fooled the network counts.
+  An image whose logits are no answer at a point is left at the first such,
+  unless it fooled the network before.
 
   Args:
     eps: radius.
@@ -45,12 +50,12 @@ def apgd(
     samples: gradients to average at each point, for networks that draw random
       numbers: their logits function then takes (images, key), of a batch one.
   """
-  check_ball(eps, norm)
-  one_of('loss', loss, LOSSES)
-  within('steps', steps, 1, 10**6)
-  at_least('targets', targets, 0)
-  at_least('restarts', restarts, 1)
-  at_least('samples', samples, 1)
+  eps = arguments.radius('eps', eps, norm)
+  arguments.name('loss', loss, LOSSES)
+  arguments.count('steps', steps, 1)
+  arguments.count('targets', targets)
+  arguments.count('restarts', restarts, 1)
+  arguments.count('samples', samples, 1)
   if targets and loss != 'dlr':
     raise FieldError('loss', loss, "'dlr', the loss with targets")
 
@@ -67,7 +72,7 @@ def apgd(
       values = lambda z: LOSSES[loss](z, labels)
     measure = _measure(logits_fn, values, labels, samples)
     return _ascend(
-      *(measure, images, keys),
+      *(measure, images, labels, keys),
       eps=eps,
       steps=steps,
       norm=norm,
@@ -75,7 +80,8 @@ def apgd(
     )
 
   passes = 2 * (steps + 1) * samples
-  return ClassifierAttack(targets or restarts, passes, eps, norm, run, stops)
+  turns = targets or restarts
+  return ClassifierAttack(turns, passes, eps, norm, run, stops, bool(targets))
 
 
 class _Point(NamedTuple):
@@ -84,7 +90,7 @@ class _Point(NamedTuple):
   Attributes:
     images: [N, H, W, C].
     value: the loss [N].
-    gradient: [N, H, W, C].
+    gradient: [N, H, W, C], 0 where it is not finite.
   """
 
   images: jax.Array
@@ -99,8 +105,10 @@ class _State(NamedTuple):
   before: where it came from.
   last_value: the loss at the iterate before.
   best: the point of highest loss.
-  adversarial: the last images that fooled the network.
-  fooled: whether there are any [N].
+  found: the last images that fooled the network, or the first whose logits
+    were no answer.
+  fooled, invalid: which of them it is, if any [N].
+  stuck: gradient entries that were not finite [N].
   step_size: [N].
   ups: steps of this window that raised the loss [N].
   reduced: whether the last checkpoint halved the step [N].
@@ -112,15 +120,17 @@ class _State(NamedTuple):
   before: jax.Array
   last_value: jax.Array
   best: _Point
-  adversarial: jax.Array
+  found: jax.Array
   fooled: jax.Array
+  invalid: jax.Array
+  stuck: jax.Array
   step_size: jax.Array
   ups: jax.Array
   reduced: jax.Array
   best_at_check: jax.Array
 
 
-def _ascend(measure, images, keys, *, eps, steps, norm, stop_early):
+def _ascend(measure, images, labels, keys, *, eps, steps, norm, stop_early):
   ball = BALLS[norm]
   windows = jnp.asarray(_windows(steps))
   n = len(images)
@@ -128,21 +138,23 @@ def _ascend(measure, images, keys, *, eps, steps, norm, stop_early):
   inside = lambda x: jnp.clip(images + ball.project(x - images, eps), 0, 1)
 
   def advance(state):
-    point, fooled = measure(state.iterate, fold(keys, state.step))
+    point, stuck, prediction = measure(state.iterate, fold(keys, state.step))
+    invalid = (prediction == INVALID) & ~state.fooled & ~state.invalid
+    fooled = (prediction != INVALID) & (prediction != labels) & ~state.invalid
     best = _where(point.value > state.best.value, point, state.best)
 
     # At the start there is nothing to look back on.
     started = state.step > 0
     window = windows[state.step]
     ups = state.ups + (started & (point.value > state.last_value))
-    stuck = ~state.reduced & (state.best_at_check >= best.value)
-    reduce = (window > 0) & ((ups <= _ENOUGH_UPS * window) | stuck)
+    stalled = ~state.reduced & (state.best_at_check >= best.value)
+    reduce = (window > 0) & ((ups <= _ENOUGH_UPS * window) | stalled)
     at_check = lambda new, old: jnp.where(window > 0, new, old)
     step_size = jnp.where(reduce, state.step_size / 2, state.step_size)
 
     here = _where(reduce, best, point)
     x = here.images
-    momentum = jnp.where(started, _MOMENTUM, 0.0)
+    momentum = jnp.where(started, _MOMENTUM, 0.0).astype(images.dtype)
     target = inside(x + wide(step_size) * ball.steepest(here.gradient))
     moved = (1 - momentum) * (target - x) + momentum * (x - state.before)
     return _State(
@@ -153,8 +165,10 @@ def _ascend(measure, images, keys, *, eps, steps, norm, stop_early):
       # list, where a zero stands.
       last_value=jnp.where(started, point.value, 0.0),
       best=best,
-      adversarial=jnp.where(wide(fooled), state.iterate, state.adversarial),
+      found=jnp.where(wide(fooled | invalid), state.iterate, state.found),
       fooled=state.fooled | fooled,
+      invalid=state.invalid | invalid,
+      stuck=state.stuck + stuck,
       step_size=step_size,
       ups=at_check(0, ups),
       reduced=at_check(reduce, state.reduced),
@@ -164,51 +178,60 @@ def _ascend(measure, images, keys, *, eps, steps, norm, stop_early):
     )
 
   noise = draw(ball.surface, keys, images.shape, eps)
-  start = jnp.clip(images + noise, 0, 1)
-  nothing = jnp.zeros(n)
+  start = jnp.clip(images + noise, 0, 1).astype(images.dtype)
+  nothing, no = jnp.zeros(n, images.dtype), jnp.zeros(n, bool)
   state = _State(
     step=jnp.int32(0),
     iterate=start,
     before=start,
     last_value=nothing,
     best=_Point(start, nothing - jnp.inf, jnp.zeros_like(start)),
-    adversarial=start,
-    fooled=jnp.zeros(n, bool),
-    step_size=jnp.full(n, 2.0 * eps),
+    found=start,
+    fooled=no,
+    invalid=no,
+    stuck=jnp.zeros(n, jnp.int32),
+    step_size=jnp.full(n, 2.0 * eps, images.dtype),
     ups=jnp.zeros(n, jnp.int32),
-    reduced=jnp.ones(n, bool),
+    reduced=~no,
     best_at_check=nothing,
   )
   # Where the network draws random numbers, one lucky draw proves little.
-  done = lambda state: stop_early & state.fooled.all()
+  over = lambda state: state.fooled | state.invalid
+  done = lambda state: stop_early & over(state).all()
   going = lambda state: (state.step <= steps) & ~done(state)
   state = lax.while_loop(going, advance, state)
-  return jnp.where(wide(state.fooled), state.adversarial, state.best.images)
+  x = jnp.where(wide(over(state)), state.found, state.best.images)
+  return Ascent(x, state.stuck)
 
 
 def _measure(logits_fn, values, labels, samples):
-  """(images, keys) -> _Point, and whether the network is fooled there [N]."""
+  """(images, keys) -> _Point, how many entries of its gradient were not finite
+  [N], and what the network takes the images for [N]."""
   one = logits_fn if samples > 1 else lambda x, _: logits_fn(x)
 
   def total(images, key):
     logits = one(images, key)
-    value = values(logits)
-    return value.sum(), (value, logits.argmax(-1) != labels)
+    value = values(logits).astype(images.dtype)
+    return value.sum(), (value, predict(logits, labels))
 
   gradient_of = jax.grad(total, has_aux=True)
 
   def measure(images, keys):
     if samples == 1:
-      gradient, (value, fooled) = gradient_of(images, None)
-      return _Point(images, value, gradient), fooled
+      return of(images, *gradient_of(images, None))
 
     def add(i, carry):
       gradient, aux = gradient_of(images, jax.random.fold_in(keys[0], i))
       return carry[0] + gradient, aux
 
     first = gradient_of(images, jax.random.fold_in(keys[0], 0))
-    gradient, (value, fooled) = lax.fori_loop(1, samples, add, first)
-    return _Point(images, value, gradient / samples), fooled
+    gradient, aux = lax.fori_loop(1, samples, add, first)
+    return of(images, gradient / samples, aux)
+
+  def of(images, gradient, aux):
+    value, prediction = aux
+    gradient, stuck = usable(gradient)
+    return _Point(images, value, gradient), stuck, prediction
 
   return measure
 

@@ -9,6 +9,8 @@
 Flax, Equinox, Haiku or plain JAX, in evaluation mode.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rocl_jax.attacks import robustness
+from rocl_jax.attacks import arguments, robustness
 from rocl_jax.attacks.apgd import apgd
+from rocl_jax.attacks.classifier import ClassifierAttack
 from rocl_jax.attacks.ensemble import Member
 from rocl_jax.attacks.fab import fab
-from rocl_jax.attacks.robustness import check_images, check_logits
 from rocl_jax.attacks.square import square
-from rocl_jax.settings import one_of
+from rocl_jax.settings import FieldError
 
 VERSIONS = ('standard', 'rand')
 _TARGETS = 9
@@ -44,7 +46,7 @@ def members(
       20 gradients.
     classes: of the network; there are at most 9 target classes.
   """
-  one_of('version', version, VERSIONS)
+  arguments.name('version', version, VERSIONS)
   targets = min(_TARGETS, classes - 1)
   if version == 'rand':
     return (
@@ -65,8 +67,13 @@ class AutoAttackResult(NamedTuple):
     fooled, by the attack that did; elsewhere the last that was tried.
   robust: whether the image is classified right and withstood all [N].
   clean: whether it is classified right without an attack [N].
-  prediction: the class of `images` [N].
+  prediction: the class of `images`, -1 where `invalid` [N].
   after: {attack: share of images robust after it}, in the order of attacks.
+  invalid: whether the network's logits of the clean or of the attacked image
+    are no answer, see `logits.invalid`: neither robust nor broken [N]. A
+    robust accuracy beside any of these proves nothing.
+  stuck: entries of the network's gradient that were not finite, over all
+    steps: they moved nothing [N].
   """
 
   images: np.ndarray
@@ -74,6 +81,8 @@ class AutoAttackResult(NamedTuple):
   clean: np.ndarray
   prediction: np.ndarray
   after: dict[str, float]
+  invalid: np.ndarray
+  stuck: np.ndarray
 
 
 def autoattack(
@@ -96,32 +105,38 @@ def autoattack(
   `rocl_jax.convolution.conv` in the network is several times faster there.
 
   Args:
-    logits_fn: images [B, H, W, C] -> logits [B, K]; for `version='rand'`
-      (images, key) -> logits.
+    logits_fn: images float32 [B, H, W, C] -> logits [B, K] of any floating
+      type; for `version='rand'` (images, key) -> logits.
     images: float [N, H, W, C] in [0, 1], or uint8.
     labels: int [N].
-    eps: radius, in units of the images: 8 / 255.
+    eps: radius, in units of the images: 8 / 255 or '8/255'.
     norm: 'linf' or 'l2'.
     version: 'standard' or 'rand', see `members`.
-    attacks: (name, attack) pairs instead, of `apgd`, `fab`, `square`.
+    attacks: (name, attack) pairs instead, of `apgd`, `fab`, `square`; with no
+      more targets than there are classes beside the label.
     seed: of all random numbers. Each image has its own, whatever the batch.
     batch_size: images at a time, over all devices.
-    mesh: devices along an axis named `data`; all of this process if not given.
+    mesh: the devices; all of this process if not given.
     say: gets a line after each attack.
 
   Raises:
     ValueError: images, labels or arguments of the wrong kind.
   """
-  images, labels = np.asarray(images), np.asarray(labels)
-  check_images(images, labels)
-  if mesh is None:
-    mesh = Mesh(np.array(jax.local_devices()), ('data',))
+  arguments.name('version', version, VERSIONS)
+  eps = arguments.radius('eps', eps, norm)
+  arguments.seed(seed)
+  arguments.count('batch_size', batch_size, 1)
+  images = np.asarray(images)
+  arguments.check_images(images)
+  labels = arguments.labels(labels, len(images))
+  mesh = arguments.mesh(mesh, jax.local_devices())
   judge = logits_fn
   if version == 'rand':
     judge = lambda x: logits_fn(x, jax.random.key(seed))
-  classes = check_logits(judge, images, labels)
+  classes = arguments.classes(judge, images, labels)
   if attacks is None:
     attacks = members(eps, norm, version, classes)
+  attacks = list(map(functools.partial(_aimed, classes), _pairs(attacks)))
   forwards = lambda _: (logits_fn, judge)
   measure = robustness.build(attacks, forwards, mesh, batch_size)
   told = 0
@@ -145,4 +160,27 @@ def autoattack(
       name: float(count) / len(labels)
       for (name, _), count in zip(attacks, outcome.after, strict=True)
     },
+    invalid=outcome.clean_invalid | outcome.invalid,
+    stuck=np.asarray(outcome.stuck),
   )
+
+
+def _aimed(classes: int, member: Member) -> Member:
+  """An attack with no more targets than the network has, and a warning."""
+  name, attack = member
+  aimed = attack.of_classes(classes)
+  if aimed != attack:
+    found = f'{name}: found {attack.turns} targets, and {classes} classes'
+    warnings.warn(f'{found}; {aimed.turns} are attacked', stacklevel=3)
+  return name, aimed
+
+
+def _pairs(attacks: Any) -> Sequence[Member]:
+  """The attacks, if they are pairs of a name and an attack."""
+  for i, pair in enumerate(attacks):
+    if not (isinstance(pair, tuple | list) and len(pair) == 2) or not (
+      isinstance(pair[1], ClassifierAttack)
+    ):
+      wanted = "a pair such as ('apgd-ce', apgd(eps=8 / 255))"
+      raise FieldError(f'attacks[{i}]', pair, wanted)
+  return attacks

@@ -32,7 +32,9 @@ class Ball(NamedTuple):
 
 
 def _linf_sample(key, shape, radius):
-  return jax.random.uniform(key, shape, minval=-radius, maxval=radius)
+  return jax.random.uniform(
+    key, shape, jnp.float32, minval=-radius, maxval=radius
+  )
 
 
 def _linf_norm(delta):
@@ -40,7 +42,7 @@ def _linf_norm(delta):
 
 
 def _linf_surface(key, shape, radius):
-  uniform = jax.random.uniform(key, shape, minval=-1)
+  uniform = jax.random.uniform(key, shape, jnp.float32, minval=-1)
   return uniform * (radius / _linf_norm(uniform))[:, None, None, None]
 
 
@@ -58,18 +60,26 @@ def _l2_project(delta, radius):
 
 def _l2_sample(key, shape, radius):
   direction, distance = jax.random.split(key)
-  gaussian = jax.random.normal(direction, shape)
+  gaussian = jax.random.normal(direction, shape, jnp.float32)
   dimension = shape[1] * shape[2] * shape[3]
-  share = jax.random.uniform(distance, shape[:1]) ** (1 / dimension)
+  uniform = jax.random.uniform(distance, shape[:1], jnp.float32)
+  share = uniform ** (1 / dimension)
   return _l2_scale(gaussian, radius * share / (_l2_norm(gaussian) + 1e-12))
 
 
 def _l2_surface(key, shape, radius):
-  return radius * _l2_steepest(jax.random.normal(key, shape))
+  return radius * _l2_unit(jax.random.normal(key, shape, jnp.float32))
+
+
+def _l2_unit(x):
+  return _l2_scale(x, 1 / (_l2_norm(x) + 1e-12))
 
 
 def _l2_steepest(gradient):
-  return _l2_scale(gradient, 1 / (_l2_norm(gradient) + 1e-12))
+  # Squares of entries above 1e19 or below 1e-19 would be infinite, or 0.
+  largest = _linf_norm(gradient)
+  scale = jnp.where(largest > 0, largest, 1)
+  return _l2_unit(gradient / scale[:, None, None, None])
 
 
 BALLS = {
@@ -82,6 +92,19 @@ BALLS = {
   ),
   'l2': Ball(_l2_project, _l2_sample, _l2_surface, _l2_steepest, _l2_norm),
 }
+
+
+def usable(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The gradient with 0 for entries that are not finite, and their number.
+
+  Args:
+    gradient: [N, H, W, C].
+
+  Returns:
+    [N, H, W, C], and int32 [N].
+  """
+  finite = jnp.isfinite(gradient)
+  return jnp.where(finite, gradient, 0), (~finite).sum((1, 2, 3), jnp.int32)
 
 
 def draw(

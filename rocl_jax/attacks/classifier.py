@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rocl_jax import losses
+from rocl_jax.attacks import arguments
 
 OBJECTIVES = {'cross_entropy': losses.cross_entropy, 'margin': losses.margin}
 
@@ -28,10 +28,12 @@ class ClassifierAttack(NamedTuple):
       turn costs.
     eps: radius, in units of the images.
     norm: 'linf' or 'l2'.
-    run: (logits_fn, images, labels, keys, turn) -> images in the ball and in
-      [0, 1]. `logits_fn` maps images [N, H, W, C] to logits [N, K]; `keys`
-      holds a PRNG key for each image; `turn` may be traced.
+    run: (logits_fn, images, labels, keys, turn) -> `pgd.Ascent`: images in the
+      ball and in [0, 1], and how many gradient entries were not finite.
+      `logits_fn` maps images float [N, H, W, C] to logits [N, K]; `labels` are
+      int32; `keys` holds a PRNG key for each image; `turn` may be traced.
     stops: whether an image that fools the network is left alone from then on.
+    targeted: whether each turn aims at another class.
   """
 
   turns: int
@@ -40,6 +42,13 @@ class ClassifierAttack(NamedTuple):
   norm: str
   run: Callable[..., jax.Array]
   stops: bool = True
+  targeted: bool = False
+
+  def of_classes(self, count: int) -> 'ClassifierAttack':
+    """With no more turns than a network of so many classes has targets."""
+    if not self.targeted:
+      return self
+    return self._replace(turns=min(self.turns, count - 1))
 
 
 def on_objective(
@@ -56,11 +65,13 @@ def on_objective(
     objective: a name in OBJECTIVES.
     restarts: turns from different starts.
   """
+  arguments.name('objective', objective, OBJECTIVES)
+  arguments.count('restarts', restarts, 1)
   loss = OBJECTIVES[objective]
 
   def run(logits_fn, images, labels, keys, turn):
     climbed = lambda x: loss(logits_fn(x), labels)
-    return attack(climbed, images, fold(keys, turn), **keywords)
+    return attack(climbed, images, fold(keys, turn), True, **keywords)
 
   passes = 2 * max(keywords.get('steps', 1), 1)
   eps, norm = keywords.get('eps', 0.0), keywords.get('norm', 'linf')
@@ -75,9 +86,3 @@ def image_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
 def fold(keys: jax.Array, number: jax.Array | int) -> jax.Array:
   """`fold_in` of one number into every key [N]."""
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
-def ranked_class(logits: jax.Array, rank: jax.Array | int) -> jax.Array:
-  """The class at this rank of each row, 0 for the highest logit; int [N]."""
-  order = jnp.argsort(logits, axis=-1, descending=True)
-  return jnp.take(order, rank, axis=-1)

@@ -25,12 +25,13 @@ class Attempt(NamedTuple):
 
   Attributes:
     images: the adversarial images [N, H, W, C].
-    prediction: their classes [N].
+    prediction: their classes, `logits.INVALID` without an answer [N].
     top5: whether the label is among their first five [N].
     distance: norm of the displacement [N].
     outside: how far a pixel lies outside of [0, 1], or NaN [N].
     disputed: whether the network that was attacked takes it for another class,
       but the one that judges does not [N].
+    stuck: gradient entries that were not finite, int32 [N].
   """
 
   images: Any
@@ -39,6 +40,7 @@ class Attempt(NamedTuple):
   distance: Any
   outside: Any
   disputed: Any
+  stuck: Any
 
 
 class Fates(NamedTuple):
@@ -48,8 +50,10 @@ class Fates(NamedTuple):
     robust: whether an image has withstood everything up to here [n].
     prediction, top5, distance, outside, disputed: see Attempt; of the image
       that broke it, or else of the last that was tried [n].
+    stuck: see Attempt; over all turns [n].
     tries: how often each image was attacked [n].
-    broke: the turn that broke it; -1 for none [n].
+    broke: the turn that broke it, or found logits that are no answer; -1 for
+      none [n].
     after: robust images at the end of each finished member.
     turn: the number of the current turn, over all members.
     waiting: the images of this turn, in its order.
@@ -62,6 +66,7 @@ class Fates(NamedTuple):
   distance: np.ndarray
   outside: np.ndarray
   disputed: np.ndarray
+  stuck: np.ndarray
   tries: np.ndarray
   broke: np.ndarray
   after: np.ndarray
@@ -80,6 +85,7 @@ def begin(alive: np.ndarray, prediction: np.ndarray, top5: np.ndarray) -> Fates:
     distance=nothing,
     outside=nothing.copy(),
     disputed=np.zeros(len(alive), bool),
+    stuck=np.zeros(len(alive), np.int32),
     tries=np.zeros(len(alive), np.int32),
     broke=np.full(len(alive), -1, np.int32),
     after=np.zeros(0, np.int64),
@@ -150,17 +156,19 @@ def _settle(fates, labels, rows, attempted, settled):
     new = getattr(fates, field).copy()
     new[rows] = getattr(seen, field)
     changed[field] = new
-  robust, tries, broke = (
-    x.copy() for x in (fates.robust, fates.tries, fates.broke)
+  robust, tries, broke, stuck = (
+    x.copy() for x in (fates.robust, fates.tries, fates.broke, fates.stuck)
   )
   right = seen.prediction == labels[rows]
   robust[rows] = right
   broke[rows[~right]] = fates.turn
   np.add.at(tries, rows, 1)
+  np.add.at(stuck, rows, seen.stuck.astype(np.int32))
   fates = fates._replace(
     robust=robust,
     tries=tries,
     broke=broke,
+    stuck=stuck,
     done=fates.done + len(rows),
     **changed,
   )

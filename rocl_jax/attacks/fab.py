@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rocl_jax.attacks.balls import BALLS, check_ball
-from rocl_jax.attacks.classifier import ClassifierAttack, ranked_class
-from rocl_jax.settings import at_least, within
+from rocl_jax.attacks import arguments
+from rocl_jax.attacks.balls import BALLS, usable
+from rocl_jax.attacks.classifier import ClassifierAttack
+from rocl_jax.attacks.pgd import Ascent
+from rocl_jax.logits import INVALID, bounded, of_class, predict, ranked_class
 
 
 def fab(
@@ -40,34 +42,40 @@ def fab(
     backward: what is left of the displacement once the image is adversarial
       (beta).
   """
-  check_ball(eps, norm)
-  within('steps', steps, 1, 10**6)
-  at_least('targets', targets, 1)
+  eps = arguments.radius('eps', eps, norm)
+  arguments.count('steps', steps, 1)
+  arguments.count('targets', targets, 1)
   ball = BALLS[norm]
   wide = lambda x: x[:, None, None, None]
 
   def run(logits_fn, images, labels, keys, turn):
     del keys
     target = ranked_class(logits_fn(images), turn + 1)
-    of = lambda logits, classes: jnp.take_along_axis(
-      logits, classes[:, None], axis=1
-    )[:, 0]
 
     def lead(x):
-      logits = logits_fn(x)
-      value = of(logits, target) - of(logits, labels)
+      z = bounded(logits_fn(x))
+      value = (of_class(z, target) - of_class(z, labels)).astype(x.dtype)
       return value.sum(), value
 
     def advance(state):
       x = state.candidate
-      fooled = logits_fn(x).argmax(-1) != labels
+      prediction = predict(logits_fn(x), labels)
+      invalid = prediction == INVALID
+      fooled = ~invalid & (prediction != labels)
       distance = ball.norm(x - images)
-      closer = fooled & (distance < state.distance)
+      # One inside the ball settles the fate of its image: the rest of the
+      # batch, which may take longer, must not change it.
+      closer = (fooled | (invalid & (distance <= eps))) & (
+        distance < state.distance
+      )
+      closer &= state.distance > eps
       best = jnp.where(wide(closer), x, state.best)
       x = jnp.where(wide(fooled), images + backward * (x - images), x)
 
       normal, value = jax.grad(lead, has_aux=True)(x)
-      offset = (normal * x).sum((1, 2, 3)) - value
+      normal, stuck = usable(normal)
+      # Where there is no boundary to see, the step leads nowhere.
+      offset = (normal * x).sum((1, 2, 3)) - jnp.nan_to_num(value)
       starts = jnp.concatenate([x, images])
       twice = lambda y: jnp.concatenate([y, y])
       onto = project(starts, twice(normal), twice(offset), norm) - starts
@@ -82,29 +90,36 @@ def fab(
         candidate=x,
         best=best,
         distance=jnp.where(closer, distance, state.distance),
+        stuck=state.stuck + stuck,
       )
 
-    far = jnp.full(len(images), jnp.inf)
-    state = _State(jnp.int32(0), images, images, far)
+    far = jnp.full(len(images), jnp.inf, images.dtype)
+    none = jnp.zeros(len(images), jnp.int32)
+    state = _State(jnp.int32(0), images, images, far, none)
     going = lambda state: (state.step <= steps) & (state.distance > eps).any()
     state = lax.while_loop(going, advance, state)
-    return jnp.where(wide(state.distance <= eps), state.best, images)
+    x = jnp.where(wide(state.distance <= eps), state.best, images)
+    return Ascent(x, state.stuck)
 
-  return ClassifierAttack(targets, 3 * steps + 1, eps, norm, run)
+  passes = 3 * steps + 1
+  return ClassifierAttack(targets, passes, eps, norm, run, targeted=True)
 
 
 class _State(NamedTuple):
   """Attributes:
   step: steps done.
   candidate: where the last step led; at first the image.
-  best: the nearest adversarial image so far.
+  best: the nearest adversarial image so far, or the first in the ball whose
+    logits are no answer.
   distance: of that one [N]; infinite where there is none.
+  stuck: gradient entries that were not finite [N].
   """
 
   step: jax.Array
   candidate: jax.Array
   best: jax.Array
   distance: jax.Array
+  stuck: jax.Array
 
 
 def project(

@@ -24,7 +24,7 @@ from rocl_jax.attacks import ensemble
 from rocl_jax.attacks.balls import BALLS
 from rocl_jax.attacks.classifier import ClassifierAttack, image_keys
 from rocl_jax.attacks.ensemble import Attempt, Fates, Member
-from rocl_jax.settings import FieldError
+from rocl_jax.logits import INVALID, in_top, predict
 
 Array = jax.Array | np.ndarray
 
@@ -40,14 +40,16 @@ class Outcome(NamedTuple):
   Attributes:
     clean_top1, clean_top5: whether the label is first, or among the first
       five, on the clean image.
-    robust_top1: whether the image withstood the attack.
+    robust_top1: whether the image withstood the attack. One without an answer,
+      see `logits.invalid`, has neither withstood it nor been broken.
     robust_top5: whether the label is among the first five on the adversarial
       image: the one that broke it, or else the last that was tried.
-    clean_prediction, adversarial_prediction: the classes.
+    clean_prediction, adversarial_prediction: the classes, or INVALID.
     distance: norm of the displacement.
     outside: how far a pixel of it lies outside of [0, 1], 0 or less if none.
     disputed: whether the attacked network takes it for another class, but
       the one that judges does not; attacks stop by the former's word.
+    stuck: how many gradient entries were not finite, and moved nothing.
     after: how many images were robust after each member.
     counted: for how many images the verdict rests on each turn that they were
       in, once.
@@ -62,12 +64,23 @@ class Outcome(NamedTuple):
   distance: Array
   outside: Array
   disputed: Array
+  stuck: Array
   after: Array
   counted: int
 
   def percent(self, field: str) -> float:
     """The mean of a field over the images, in percent."""
     return 100.0 * float(np.mean(getattr(self, field)))
+
+  @property
+  def clean_invalid(self) -> np.ndarray:
+    """Whether the network has no answer for the clean image [n]."""
+    return np.asarray(self.clean_prediction) == INVALID
+
+  @property
+  def invalid(self) -> np.ndarray:
+    """The same of the attacked image, the clean one if it was not attacked."""
+    return np.asarray(self.adversarial_prediction) == INVALID
 
 
 def build(
@@ -127,7 +140,7 @@ def build(
       np.concatenate(field)[:n]
       for field in zip(*jax.device_get(seen), strict=True)
     )
-    found = _floats(images) if keep else None
+    found = np.array(as_floats(images)) if keep else None
 
     def attempt(member, turn, rows, size):
       name = np.uint32(zlib.crc32(members[member][0].encode()))
@@ -152,6 +165,7 @@ def build(
       distance=fates.distance,
       outside=fates.outside,
       disputed=fates.disputed,
+      stuck=fates.stuck,
       after=fates.after,
       counted=ensemble.counted_once(members, alive, fates),
     )
@@ -163,9 +177,9 @@ def build(
 def _clean(forwards: Forwards) -> Callable[..., tuple[Array, ...]]:
   def clean(variables, images, labels):
     _, judge = forwards(variables)
-    logits = judge(_floats(images))
-    top1, top5 = (in_top(logits, labels, k) for k in (1, 5))
-    return logits.argmax(-1), top1, top5
+    logits = judge(as_floats(images))
+    prediction = predict(logits, labels)
+    return prediction, prediction == labels, in_top(logits, labels, 5)
 
   return clean
 
@@ -179,15 +193,15 @@ def _attempt(
   def part(variables, images, labels, rows, seed, name, turn):
     key = jax.random.fold_in(jax.random.key(seed), name)
     attacked, judge = forwards(variables)
-    images = _floats(images)
+    images = as_floats(images)
     keys = image_keys(key, rows)
-    x = attack.run(attacked, images, labels, keys, turn)
+    x, stuck = attack.run(attacked, images, labels, keys, turn)
     logits = judge(x)
-    prediction = logits.argmax(-1)
+    prediction = predict(logits, labels)
     disputed = jnp.zeros(labels.shape, bool)
     if attack.stops:
-      fooled = attacked(x).argmax(-1) != labels
-      disputed = fooled & (prediction == labels)
+      ended = predict(attacked(x), labels) != labels
+      disputed = ended & (prediction == labels)
     return Attempt(
       images=x,
       prediction=prediction,
@@ -195,6 +209,7 @@ def _attempt(
       distance=norm(x - images),
       outside=jnp.maximum(-x, x - 1).max((1, 2, 3)),
       disputed=disputed,
+      stuck=stuck,
     )
 
   every, split = PartitionSpec(), PartitionSpec('data')
@@ -211,52 +226,9 @@ def _attempt(
   return compiled.jit(mapped, out_shardings=everywhere)
 
 
-def _floats(images):
-  if images.dtype != np.uint8:
-    return images.astype(np.float32)
-  return images.astype(np.float32) / np.float32(255)
-
-
-def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-  """Whether fewer than k classes stand before the label; ties stand behind."""
-  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-  before = (logits > own).sum(-1)
-  is_first = logits.argmax(-1) == labels
-  return is_first if k == 1 else (before < k)
-
-
-def check_images(images: np.ndarray, labels: np.ndarray) -> None:
-  """Raises FieldError unless these are labelled images, float in [0, 1] or
-  uint8."""
-  kinds = (np.issubdtype(images.dtype, np.floating), images.dtype == np.uint8)
-  if images.ndim != 4 or not len(images) or not any(kinds):
-    found = f'{images.dtype} {list(images.shape)}'
-    raise FieldError('images', found, 'floats in [0, 1] [N, H, W, C], or uint8')
-  low, high = images.min(), images.max()
-  if kinds[0] and not (low >= 0 and high <= 1):  # NaN too
-    hint = '; divide by 255' if 1 < high <= 255 else ''
-    raise FieldError('images', f'{low} to {high}', f'values in [0, 1]{hint}')
-  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
-    found = f'{labels.dtype} {list(labels.shape)}'
-    raise FieldError('labels', found, f'integers [{len(images)}]')
-
-
-def check_logits(
-  logits_fn: Logits, images: np.ndarray, labels: np.ndarray
-) -> int:
-  """The number of classes of a network, from shapes alone.
-
-  Raises:
-    FieldError: it does not return logits, or has no class for a label.
-  """
-  one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-  logits = jax.eval_shape(logits_fn, one)
-  if getattr(logits, 'ndim', 0) != 2 or logits.shape[0] != 1:
-    found = getattr(logits, 'shape', type(logits).__name__)
-    raise FieldError('logits_fn', found, 'logits [N, K] of images [N, ...]')
-  classes = logits.shape[1]
-  low, high = int(labels.min()), int(labels.max())
-  if low < 0 or high >= classes:
-    wanted = f'0 to {classes - 1}: there are {classes} logits'
-    raise FieldError('labels', f'{low} to {high}', wanted)
-  return classes
+def as_floats(images: Any) -> Any:
+  """Images [N, H, W, C], uint8 or floats, as float32 in [0, 1]."""
+  if images.dtype == np.uint8:
+    return images.astype(np.float32) / np.float32(255)
+  # Rounding may have moved them out a little.
+  return images.astype(np.float32).clip(0, 1)

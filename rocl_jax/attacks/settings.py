@@ -5,15 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from rocl_jax.attacks import ATTACKS
 from rocl_jax.attacks.balls import check_ball
-from rocl_jax.attacks.pgd import STARTS
+from rocl_jax.attacks.pgd import STARTS, Ascent
 from rocl_jax.errors import UserError
 from rocl_jax.settings import FieldError, at_least, bind, one_of, within
 
-_BY_CALLER = ('objective', 'images', 'key')
+_BY_CALLER = ('objective', 'images', 'key', 'counted')
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class AttackSettings:
     return way / eps if eps and way else 1.0
 
   @property
-  def attack(self) -> Callable[..., jax.Array]:
-    """(objective, images, key) -> images."""
-    return functools.partial(ATTACKS[self.name], **self.keywords)
+  def attack(self) -> Callable[..., Ascent]:
+    """(objective, images, key) -> Ascent."""
+    return functools.partial(ATTACKS[self.name], counted=True, **self.keywords)
 
 
 def _check(keywords: Mapping[str, Any]) -> None:

@@ -9,9 +9,12 @@ import numpy as np
 from jax import lax
 
 from rocl_jax import losses
-from rocl_jax.attacks.balls import BALLS, check_ball
+from rocl_jax.attacks import arguments
+from rocl_jax.attacks.balls import BALLS
 from rocl_jax.attacks.classifier import ClassifierAttack, fold
-from rocl_jax.settings import at_least, within
+from rocl_jax.attacks.pgd import Ascent
+from rocl_jax.logits import invalid
+from rocl_jax.settings import within
 
 # The share of the image that a square covers, by queries done: it halves.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -38,16 +41,22 @@ def square(
     share: of the image's area that the first squares cover (p_init).
     restarts: turns.
   """
-  check_ball(eps, norm)
-  within('queries', queries, 1, 10**6)
-  at_least('restarts', restarts, 1)
+  eps = arguments.radius('eps', eps, norm)
+  arguments.count('queries', queries, 1)
+  arguments.count('restarts', restarts, 1)
   within('share', share, 0, 1)
   proposals = _linf if norm == 'linf' else _l2
 
   def run(logits_fn, images, labels, keys, turn):
     keys = fold(keys, turn)
-    # Above 0 the network is fooled; at 0 too, as far as the search goes.
-    margin_of = lambda x: losses.margin(logits_fn(x), labels)
+
+    def margin_of(x):
+      """Above 0 the network is fooled; at 0 too, as far as the search goes.
+      Where it gives no answer there is nothing more to find."""
+      logits = logits_fn(x)
+      margin = losses.margin(logits, labels).astype(x.dtype)
+      return jnp.where(invalid(logits, labels), jnp.inf, margin)
+
     start, propose = proposals(images, eps, queries, share)
     wide = lambda x: x[:, None, None, None]
 
@@ -63,10 +72,11 @@ def square(
       )
 
     first = start(fold(keys, 0))
-    nothing = jnp.full(len(images), -jnp.inf)
+    nothing = jnp.full(len(images), -jnp.inf, images.dtype)
     state = _State(jnp.int32(0), first, first, nothing)
     going = lambda s: (s.query <= queries) & (s.margin < 0).any()
-    return lax.while_loop(going, advance, state).images
+    x = lax.while_loop(going, advance, state).images
+    return Ascent(x, jnp.zeros(len(x), jnp.int32))
 
   return ClassifierAttack(restarts, queries + 1, eps, norm, run)
 
@@ -103,7 +113,8 @@ def _signs(uniform):
 
 def _uniform(keys, *shape):
   """Numbers in [0, 1) [N, *shape], of each image's own key."""
-  return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+  draw = lambda key: jax.random.uniform(key, shape, jnp.float32)
+  return jax.vmap(draw)(keys)
 
 
 def _corner(uniform, length, side):

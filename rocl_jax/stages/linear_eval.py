@@ -10,6 +10,7 @@ import jax
 
 from rocl_jax import augment, losses
 from rocl_jax.attacks.settings import AttackSettings
+from rocl_jax.logits import predict
 from rocl_jax.models import Model
 from rocl_jax.settings import one_of
 from rocl_jax.training import Training
@@ -52,16 +53,18 @@ def stage(model: Model, settings: Settings) -> Stage:
   def loss(params, batch_stats, batch, key):
     images = augment.to_float(batch.images)
     variables = {'params': params, 'batch_stats': batch_stats}
+    metrics = {}
     if settings.loss == 'adversarial':
       frozen = model.prepare(variables)
-      images = settings.attack.attack(
+      found = settings.attack.attack(
         lambda x: losses.cross_entropy(frozen(x), batch.labels), images, key
       )
+      images, metrics = found.images, found.metrics
     images = jax.lax.stop_gradient(images)
     logits = model.predict(variables, images)
     value = losses.cross_entropy(logits, batch.labels).mean()
-    accuracy = (logits.argmax(-1) == batch.labels).mean()
-    return value, (batch_stats, {'accuracy': accuracy})
+    accuracy = (predict(logits, batch.labels) == batch.labels).mean()
+    return value, (batch_stats, metrics | {'accuracy': accuracy})
 
   def finish(trained):
     params = weights(trained.trainable, trained.frozen)

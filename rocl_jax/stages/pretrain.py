@@ -86,12 +86,12 @@ def stage(model: Model, settings: Settings) -> Stage:
     frozen = model.prepare(variables)
     # Once: no gradient reaches view 1 through it.
     target = gathered(frozen(view2, 'projection'))
-    x_adv = settings.attack.attack(
+    found = settings.attack.attack(
       lambda x: local([frozen(x, 'projection'), target], settings.temperature),
       view1,
       attack_key,
     )
-    x_adv = lax.stop_gradient(x_adv)
+    x_adv = lax.stop_gradient(found.images)
 
     # Two training-mode passes, as published: the regulariser's first. Each
     # mixes clean and adversarial images in one BatchNorm batch. The views of
@@ -109,7 +109,7 @@ def stage(model: Model, settings: Settings) -> Stage:
     total = similarity + settings.regulariser * regulariser
     statistics = update_statistics(batch_stats, [pair_moments, triple_moments])
     metrics = {'contrastive': similarity, 'regulariser': regulariser}
-    return total, (statistics, metrics)
+    return total, (statistics, metrics | found.metrics)
 
   def finish(trained):
     return {'params': trained.trainable, 'batch_stats': trained.batch_stats}
