@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 INVALID = -1  # in the place of a class
+_RULED_OUT = -1e30  # -inf, or the lowest number of a type in its place
 
 
 def floats(logits: jax.Array) -> jax.Array:
@@ -20,15 +21,15 @@ def floats(logits: jax.Array) -> jax.Array:
 def bounded(logits: jax.Array) -> jax.Array:
   """`floats`, with -inf replaced by a number far below all others of its row.
 
-  A network that rules classes out by -inf is a usual thing. The replacement
-  is so low that no softmax sees it, and gets no gradient; differences of
-  logits are finite, as those of -inf are not.
+  Networks rule classes out by -inf, or by a number near the lowest of float32.
+  The replacement is so low that no softmax sees it, and gets no gradient; but
+  differences and ratios of logits are numbers that an attack can climb.
 
   Args:
     logits: [N, K].
   """
   z = floats(logits)
-  ruled_out = z == -jnp.inf
+  ruled_out = z <= _RULED_OUT
   low = jnp.where(ruled_out, jnp.inf, z).min(-1, keepdims=True)
   low = lax.stop_gradient(low)
   return jnp.where(ruled_out, low - jnp.abs(low) - 1e3, z)
