@@ -6,6 +6,8 @@ in float32 at least, and are finite, value and gradient, where -inf rules out
 classes other than the label.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -95,8 +97,7 @@ def nt_xent(
   positives, total = _similarities(views, temperature, detach_keys)
   loss = jnp.zeros(())
   for (anchor, _), positive in positives.items():
-    ratio = positive / (total[anchor] + _GUARD)
-    loss = loss - jnp.log(ratio + _GUARD)
+    loss = loss + _minus_log_ratio(positive, total[anchor])
   return loss / len(views)
 
 
@@ -129,12 +130,22 @@ def nt_xent_eq3(
   """The paper's Eq. 3: the first view is the only anchor, and the logarithm
   is taken once, of the summed positives. Arguments as `nt_xent`; [N]."""
   positives, total = _similarities(views, temperature, detach_keys)
-  positive = sum(x for (anchor, _), x in positives.items() if anchor == 0)
-  return -jnp.log(positive / (total[0] + _GUARD) + _GUARD)
+  of_first = [x for (anchor, _), x in positives.items() if anchor == 0]
+  return _minus_log_ratio(functools.reduce(jnp.logaddexp, of_first), total[0])
+
+
+def _minus_log_ratio(positive, total):
+  """-log(p / (t + guard) + guard) of log(p) and log(t).
+
+  In logarithms: at low temperatures float32 has no exp(cosine / temperature).
+  """
+  log_guard = math.log(_GUARD)
+  ratio = positive - jnp.logaddexp(total, log_guard)
+  return -jnp.logaddexp(ratio, log_guard)
 
 
 def _similarities(views, temperature, detach_keys):
-  """exp(cosine / temperature), summed and singled out.
+  """Logarithms of exp(cosine / temperature), summed and singled out.
 
   View by view, each with a product of its own: one long batch of all views
   would not lie where its images do, and devices had to exchange them. So the
@@ -146,21 +157,24 @@ def _similarities(views, temperature, detach_keys):
   """
   z = [_unit(view) for view in views]
   keys = [gathered(x) for x in (lax.stop_gradient(z) if detach_keys else z)]
-  others = 1 - jnp.eye(len(z[0]))
+  own = jnp.eye(len(z[0]), dtype=bool)
   positives, total = {}, []
   for a, anchor in enumerate(z):
-    row = jnp.zeros(())
+    rows = []
     for k, key in enumerate(keys):
       cosine = jnp.dot(anchor, key.T, precision=lax.Precision.HIGHEST)
-      exps = jnp.exp(cosine / temperature)
-      row = row + (exps * others if a == k else exps).sum(1)
+      rows.append(jnp.where(own, -jnp.inf, cosine) if a == k else cosine)
       if a != k:
-        positives[a, k] = jnp.exp((anchor * key).sum(-1) / temperature)
-    total.append(row)
+        positives[a, k] = (anchor * key).sum(-1) / temperature
+    largest = [lax.stop_gradient(row).max(1, keepdims=True) for row in rows]
+    top = functools.reduce(jnp.maximum, largest)
+    sums = [jnp.exp((row - top) / temperature).sum(1) for row in rows]
+    total.append(top[:, 0] / temperature + jnp.log(sum(sums)))
   return positives, total
 
 
 def _unit(z):
+  z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
   # The inner maximum keeps the gradient of a zero embedding finite.
   norm = jnp.sqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-30))
   return z / (norm + _GUARD)

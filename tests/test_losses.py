@@ -120,3 +120,94 @@ def test_zero_embeddings_have_finite_gradients():
   z = jnp.zeros((2, 3, 4))
   gradient = jax.grad(lambda z: losses.nt_xent(list(z), 0.5).sum())(z)
   assert bool(jnp.isfinite(gradient).all())
+
+
+# ------------------------------------------------ NT-Xent at low temperatures
+
+
+def published_contrastive(name, views, temperature, detach_keys):
+  """RoCL's formula as it stands in the code, and Eq. 3: for float64."""
+  unit = lambda x: (
+    x
+    / (
+      jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-30)) + 1e-8
+    )
+  )
+  z = [unit(view) for view in views]
+  n, everything = len(z[0]), jnp.concatenate(z)
+  keys = jax.lax.stop_gradient(everything) if detach_keys else everything
+  exps = jnp.exp(everything @ keys.T / temperature)
+  total = (exps * (1 - jnp.eye(len(exps)))).sum(1)
+  rows, ratios = jnp.arange(n), {}
+  for a in range(len(z)):
+    for k in range(len(z)):
+      positive = exps[a * n + rows, k * n + rows]
+      ratios[a, k] = positive / (total[a * n + rows] + 1e-8)
+  if name == 'nt_xent_eq3':
+    return -jnp.log(sum(ratios[0, k] for k in range(1, len(z))) + 1e-8)
+  pairs = [-jnp.log(x + 1e-8) for (a, k), x in ratios.items() if a != k]
+  return sum(pairs) / len(z)
+
+
+def embeddings(kind, views):
+  random = np.random.default_rng(0).standard_normal((views, 8, 16))
+  common = np.random.default_rng(1).standard_normal((1, 1, 16))
+  return {
+    'random': random,
+    'nearly equal': common + 1e-3 * random,
+    'antipodal': np.concatenate([-random[1:2], random[1:]]),
+    'zero': np.zeros_like(random),
+    'some zero': random * (np.arange(8) % 2)[:, None],
+  }[kind].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'name, detach_keys, groups',
+  [
+    ('nt_xent', True, 0),
+    ('nt_xent', False, 2),
+    ('nt_xent_eq3', True, 2),
+    ('nt_xent_eq3', False, 0),
+  ],
+)
+def test_nt_xent_in_float32_is_the_published_formula_in_float64(
+  name, detach_keys, groups
+):
+  """Value and gradient, where float32 has no exp(cosine / temperature)."""
+
+  def both(loss):
+    def mean(z, temperature):
+      grouped = losses.apart(loss, groups)
+      return grouped(list(z), temperature, detach_keys).mean()
+
+    return jax.jit(jax.value_and_grad(mean))
+
+  ours = both(getattr(losses, name))
+  theirs = both(lambda *rest: published_contrastive(name, *rest))
+  temperatures = (0.5, 0.1, 0.0225, 0.0125, 0.01, 0.005)
+  for kind in ('random', 'nearly equal', 'antipodal', 'zero', 'some zero'):
+    z = embeddings(kind, 3)
+    for temperature in temperatures:
+      with jax.enable_x64(True):
+        wide = jnp.asarray(z, jnp.float64)
+        wanted, slope = theirs(wide, temperature)
+        exact, exact_slope = ours(wide, temperature)
+        # Equal to rounding in float64: the guards mean the same.
+        np.testing.assert_allclose(exact, wanted, rtol=1e-12)
+        scale = float(jnp.abs(slope).max())
+        np.testing.assert_allclose(exact_slope, slope, atol=1e-9 * scale)
+      found, found_slope = ours(jnp.asarray(z), temperature)
+      assert found.dtype == jnp.float32
+      np.testing.assert_allclose(found, wanted, rtol=1e-4)
+      # Gradients that vanish beside 1 / temperature are rounding.
+      limit = 1e-3 * max(scale, 1e-7 / temperature)
+      np.testing.assert_allclose(found_slope, slope, atol=limit)
+
+
+def test_nt_xent_of_bfloat16_is_that_of_the_same_numbers():
+  z = jnp.asarray(embeddings('random', 3), jnp.bfloat16)
+  for loss in (losses.nt_xent, losses.nt_xent_eq3):
+    found = loss(list(z), 0.01)
+    assert found.dtype == jnp.float32
+    same = loss(list(z.astype(jnp.float32)), 0.01)
+    np.testing.assert_array_equal(found, same)
