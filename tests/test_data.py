@@ -8,18 +8,21 @@ import io
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from rocl_jax import data
+from rocl_jax import data, files
 from rocl_jax.data import archive, binary, corruptions, tfds
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError, nearest
@@ -280,6 +283,11 @@ def _cut(root):
       False,
     ),
     (
+      lambda r: picture(r / 'train/a/y.jpeg', 0, mode='CMYK'),
+      r'a/y.jpeg has mode CMYK',
+      False,
+    ),
+    (
       lambda r: (r / 'train/a/y.jpeg').write_bytes(b'<html>'),
       r'a/y.jpeg cannot be decoded',
       False,
@@ -292,6 +300,185 @@ def test_bad_folder(pictures, break_it, message, cheap):
   says(message, data.load, 'folder', str(pictures), 0)
   if cheap:
     says(message, data.check, 'folder', str(pictures), 0)
+
+
+def _chunk(kind, content):
+  checksum = zlib.crc32(kind + content)
+  return (
+    struct.pack('>I', len(content))
+    + kind
+    + content
+    + struct.pack('>I', checksum)
+  )
+
+
+def png_bytes(bits, color, row, *chunks):
+  """A PNG of four pixels in one row, written by hand: (bits, colour type)."""
+  header = struct.pack('>IIBBBBB', 4, 1, bits, color, 0, 0, 0)
+  inside = [(b'IHDR', header), *chunks]
+  inside += [(b'IDAT', zlib.compress(b'\0' + bytes(row))), (b'IEND', b'')]
+  return b'\x89PNG\r\n\x1a\n' + b''.join(_chunk(*part) for part in inside)
+
+
+PLTE = (b'PLTE', bytes([0, 0, 0, 10, 20, 30, 40, 50, 60, 70, 80, 90]))
+GREY_ALPHA = [0, 0, 0, 255, 100, 51, 255, 255]
+RGBA = [0, 0, 0, 0, 9, 8, 7, 255, 0, 100, 200, 51, 0, 0, 0, 0]
+
+
+PNGS = [
+  (png_bytes(8, 4, GREY_ALPHA), [255, 0, 224, 255]),
+  (
+    png_bytes(8, 6, RGBA),
+    [[255] * 3, [9, 8, 7], [204, 224, 244], [255] * 3],
+  ),
+  (  # a palette, opaque; with one transparent colour; with half of one
+    png_bytes(8, 3, [0, 1, 2, 3], PLTE),
+    [[0] * 3, [10, 20, 30], [40, 50, 60], [70, 80, 90]],
+  ),
+  (
+    png_bytes(8, 3, [0, 1, 2, 3], PLTE, (b'tRNS', b'\0')),
+    [[255] * 3, [10, 20, 30], [40, 50, 60], [70, 80, 90]],
+  ),
+  (
+    png_bytes(2, 3, [0b00011011], PLTE, (b'tRNS', b'\xff\x33')),
+    [[0] * 3, [206, 208, 210], [40, 50, 60], [70, 80, 90]],
+  ),
+  # Grey and RGB of which one colour is transparent.
+  (png_bytes(8, 0, [0, 7, 8, 7], (b'tRNS', b'\0\7')), [0, 255, 8, 255]),
+  (
+    png_bytes(8, 2, [1, 2, 3] * 3 + [1, 2, 4], (b'tRNS', b'\0\1\0\2\0\3')),
+    [[255] * 3] * 3 + [[1, 2, 4]],
+  ),
+  # One, two and four bits; a transparent one of them.
+  (png_bytes(1, 0, [0b10100000]), [255, 0, 255, 0]),
+  (png_bytes(1, 0, [0b10100000], (b'tRNS', b'\0\0')), [255] * 4),
+  (png_bytes(2, 0, [0b00011011]), [0, 85, 170, 255]),
+  (png_bytes(4, 0, [0x0F, 0x71]), [0, 255, 119, 17]),
+  (png_bytes(2, 0, [0b00011011], (b'tRNS', b'\0\1')), 'has mode a transp'),
+  # 16 bits: colours keep the upper eight, grey is refused.
+  (
+    png_bytes(16, 2, [1, 255, 2, 0, 3, 0] * 4),
+    [[1, 2, 3]] * 4,
+  ),
+  (png_bytes(16, 0, [1, 255] * 4), 'has mode I;16'),
+  (
+    png_bytes(16, 2, [1, 255, 2, 0, 3, 0] * 4, (b'tRNS', bytes(6))),
+    'has mode a transparent',
+  ),
+]
+
+
+@pytest.mark.parametrize('number', range(len(PNGS)))
+def test_each_kind_of_png_is_right_or_refused(tmp_path, number):
+  content, pixels = PNGS[number]
+  for split in ('train', 'test'):
+    path = tmp_path / split / 'a/0.png'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+  if isinstance(pixels, str):
+    says(f'a/0.png {pixels}', data.load, 'folder', str(tmp_path), 0)
+    return
+  found = data.load('folder', str(tmp_path), 0).train.images
+  wanted = np.array(pixels).reshape(1, 1, 4, -1) + np.zeros((1, 1, 1, 3))
+  np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+def test_exif_turns_pictures(tmp_path, suffix):
+  """Each orientation, as its definition says, of a picture of four corners."""
+  corners = np.array([[0, 80, 80], [160, 240, 240]], np.uint8)
+  upright = np.kron(corners, np.ones((8, 8), np.uint8))  # 16 x 24
+  stored = {
+    1: upright,
+    2: upright[:, ::-1],
+    3: upright[::-1, ::-1],
+    4: upright[::-1],
+    5: upright.T,
+    6: np.rot90(upright),
+    7: upright[::-1, ::-1].T,
+    8: np.rot90(upright, -1),
+    9: upright,  # there is no such orientation
+  }
+  for number, pixels in stored.items():
+    path = tmp_path / f'train/a/{number}.{suffix}'
+    picture(path, 0, mode='L')
+    exif = Image.Exif()
+    exif[0x0112] = number
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.save(path, exif=exif, **({'quality': 95} if suffix == 'jpg' else {}))
+  path = tmp_path / f'train/a/damaged.{suffix}'
+  Image.fromarray(upright).save(path, exif=b'Exif\0\0junk that is no TIFF')
+  picture(tmp_path / 'test/a/0.png', 0, (24, 16), mode='L')
+  found = data.load('folder', str(tmp_path), 0).train.images
+  assert found.shape == (10, 16, 24, 3)
+  for image in found:
+    assert abs(image - upright[..., None].astype(int)).max() <= 4
+
+
+def test_the_first_picture_of_an_animation(tmp_path):
+  frames = [Image.new('RGB', (4, 4), (shade,) * 3) for shade in (10, 200)]
+  for split in ('train', 'test'):
+    path = tmp_path / split / 'a/0.png'
+    path.parent.mkdir(parents=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+  assert (data.load('folder', str(tmp_path), 0).train.images == 10).all()
+  for kind in ('GIF', 'WEBP'):
+    path = tmp_path / 'train/a/0.png'
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:])
+    says('a/0.png cannot be decoded', data.load, 'folder', str(tmp_path), 0)
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG'])
+def test_a_truncated_picture_is_named_or_whole(pictures, kind):
+  noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(noise).save(out, kind)
+  content, path = out.getvalue(), pictures / 'train/a/x.png'
+  path.write_bytes(content)
+  whole = data.load('folder', str(pictures), 0).train.images
+  told = 0
+  for size in range(0, len(content), 7):
+    path.write_bytes(content[:size])
+    try:
+      found = data.load('folder', str(pictures), 0).train.images
+    except UserError as e:
+      assert str(path) in str(e) and '\n' not in str(e)
+      told += 1
+    else:
+      np.testing.assert_array_equal(found, whole)
+  assert told > 0.8 * len(content) / 7
+
+
+def test_what_file_managers_leave_is_passed_over(pictures, monkeypatch):
+  clean = data.load('folder', str(pictures), 0)
+  for folder in ('train', 'train/a', 'test/b'):
+    for name in ('Thumbs.db', 'desktop.ini', '.DS_Store'):
+      (pictures / folder / name).write_bytes(b'x')
+  same(data.load('folder', str(pictures), 0), clean)
+  monkeypatch.setattr(
+    Path, 'read_bytes', lambda path: (_ for _ in ()).throw(OSError(5, 'I/O'))
+  )
+  says(r'a/x.png cannot be read \(I/O\)', data.load, 'folder', str(pictures), 0)
+
+
+def test_class_folders_of_any_name(tmp_path):
+  """Names are what the file system gives, and survive JSON."""
+  names = [b'a b', b"it's", b'new\nline', b'\xff\xfe', 'é'.encode(), b'{x}']
+  for name in names:
+    for split in (b'train', b'test'):
+      folder = os.path.join(os.fsencode(tmp_path), split, name)
+      try:
+        os.makedirs(folder)
+      except OSError:
+        pytest.skip('this file system wants UTF-8')
+      picture(Path(os.fsdecode(folder)) / '0.png', 1, mode='L')
+  found = data.load('folder', str(tmp_path), 0).class_names
+  assert found == tuple(sorted(map(os.fsdecode, names)))
+  path = epath.Path(tmp_path) / 'names.json'
+  files.write_json(path, found)
+  assert tuple(files.read_json(path, list)) == found
+  (tmp_path / 'test' / os.fsdecode(b'\xff\xfe') / '0.png').unlink()
+  says('is empty; wanted at', data.load, 'folder', str(tmp_path), 0)
 
 
 # ------------------------------------------------------------------ corruptions

@@ -4,6 +4,11 @@
 class names, so folders with the names of CIFAR-10 get CIFAR-10's labels.
 Classes take turns: the first file of every class, then the second, and so on,
 so that a prefix of a split holds every class about equally often.
+
+What is transparent is laid on white; EXIF's orientation is applied; of an
+animated PNG the first picture counts. Grey of 16 bits and CMYK are refused.
+Hidden files and those of file managers (`Thumbs.db`, `desktop.ini`) are passed
+over. Class names are the folders' as Python's `os.fsdecode` gives them.
 """
 
 import io
@@ -27,6 +32,20 @@ from rocl_jax.errors import UserError, one_line
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 _WANTED = 'a folder with train/<class>/*.jpg|jpeg|png and test/<class>/...'
 _EIGHT_BIT_MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA')
+# Pillow scales these to 8 bits, but not the one colour that is transparent.
+_SCALED = ('L;2', 'L;4', 'RGB;16B')
+_NOT_IMAGES = ('thumbs.db', 'desktop.ini')  # what file managers leave
+_ORIENTATION = 0x0112  # the EXIF field
+# How to turn a picture of that orientation upright.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 _LARGEST = 1 << 24  # pixels: a few bytes of PNG can ask for any number
 _CHUNK = 256  # files a task: fewer would spend the time on scheduling
 
@@ -61,7 +80,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
   """Returns the visible entries of a folder, sorted by name."""
   try:
     with os.scandir(folder) as found:
-      entries = [entry for entry in found if not entry.name.startswith('.')]
+      entries = [
+        entry
+        for entry in found
+        if not entry.name.startswith('.')
+        and entry.name.lower() not in _NOT_IMAGES
+      ]
   except OSError as error:
     raise UserError(
       f'config.data.dir: {folder} cannot be read ({error.strerror}); '
@@ -161,24 +185,33 @@ def _decode_image(
   try:
     # Only these two decoders, whatever the content pretends to be.
     with Image.open(io.BytesIO(content), formats=('JPEG', 'PNG')) as image:
-      # The header is enough for both checks: nothing is decoded in vain.
+      # The header is enough for two checks: nothing is decoded in vain.
       height, width, mode = image.height, image.width, image.mode
-      if like and (height, width) != like[1][:2]:
-        raise UserError(
-          f'config.data.dir: {path} is {width}x{height} pixels but '
-          f'{like[0]} is {like[1][1]}x{like[1][0]}; wanted one size'
-        )
       if height * width > _LARGEST:
         raise UserError(
           f'config.data.dir: {path} is {width}x{height} pixels; wanted at most '
           f'{_LARGEST}'
         )
-      if mode not in _EIGHT_BIT_MODES:
+      scaled = image.tile[0][3] in _SCALED and 'transparency' in image.info
+      if mode not in _EIGHT_BIT_MODES or scaled:
+        found = 'a transparent colour of other bits' if scaled else mode
         raise UserError(
-          f'config.data.dir: {path} has mode {mode}; wanted RGB or grey '
+          f'config.data.dir: {path} has mode {found}; wanted RGB or grey '
           'with 8 bits a channel'
         )
-      return np.asarray(image.convert('RGB'))
+      image.load()  # EXIF may stand behind the pixels
+      orientation = _orientation(image)
+      if orientation > 4:
+        height, width = width, height
+      if like and (height, width) != like[1][:2]:
+        raise UserError(
+          f'config.data.dir: {path} is {width}x{height} pixels but '
+          f'{like[0]} is {like[1][1]}x{like[1][0]}; wanted one size'
+        )
+      opaque = _on_white(image)
+      if orientation > 1:
+        opaque = opaque.transpose(_TURNS[orientation])
+      return np.asarray(opaque)
   except UserError:
     raise
   # A damaged image raises whatever pillow's parsers raise.
@@ -188,3 +221,21 @@ def _decode_image(
       f'config.data.dir: {path} cannot be decoded ({told}); wanted a JPEG or '
       'PNG image'
     ) from e
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's orientation, 1 to 8; 1, upright, if there is no such number."""
+  try:
+    found = image.getexif().get(_ORIENTATION)
+  except Exception:  # of damaged EXIF, whatever Pillow's parsers raise
+    return 1
+  return found if type(found) is int and found in _TURNS else 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  """RGB, with white behind what is transparent."""
+  if image.mode[-1] != 'A' and 'transparency' not in image.info:
+    return image.convert('RGB')
+  front = image.convert('RGBA')
+  white = Image.new('RGBA', image.size, 'white')
+  return Image.alpha_composite(white, front).convert('RGB')
