@@ -1,19 +1,34 @@
 r"""Turns a checkpoint of the published PyTorch code into a model folder.
 
-  python -m rocl_jax.convert --checkpoint=model_best.pth.tar \
-      --out=published/model --config=configs/cifar10.py
+  python -m rocl_jax.convert --checkpoint=model_best.pth.tar --name=published
 
---checkpoint=FILE  what torch.save wrote: RoCL's or HYDRA's ResNet for CIFAR-10
---out=FOLDER       the model folder; it may not be there yet
---config=FILE      its network (`model`), images (`data`) and `prune.keep`
---stage=NAME       what it was trained for: supervised (default), pretrain for
-                   an encoder without its classifier, prune, finetune, ...
+--checkpoint=FILE   what torch.save wrote: RoCL's or HYDRA's ResNet for CIFAR-10
+--name=NAME         what records call it; as the file, if not given
+--out=FOLDER        the model folder; NAME/model if not given. It may not be
+                    there yet; records of its evaluation go beside it
+--stage=NAME        what it was trained for: supervised (default), pretrain for
+                    an encoder without its classifier, prune, finetune, ...
+--state_dict=NAME   which weights, where the file holds several: a key such as
+                    ema_state_dict, or what their names begin with: ema_model
+--config=FILE       `data`, whose classes and image size it gets; `prune.keep`;
+                    configs/cifar10.py if not given
+
+Architecture, width and number of classes are the file's. Classes that are not
+ten need --config.data.source=folder --config.data.dir=FOLDER for their names,
+or are called by number.
 
 With --stage=prune or finetune the layers' `popup_scores`, if they have any,
 become masks, of the kept fraction --config.prune.keep. PyTorch is not needed,
 and nothing in the file is executed.
 """
 
+import dataclasses
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,17 +38,21 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from rocl_jax import command
+from rocl_jax import command, data
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError
 from rocl_jax.progress import say
 from rocl_jax.remote import is_remote
 from rocl_jax.settings import parse
+from rocl_jax.torch_file import some
 from rocl_jax.types import Variables
 
 IMAGE_SHAPE = (32, 32, 3)
+UNNAMED = 'unnamed'  # images whose classes no file names
 _MASKED = ('prune', 'finetune')  # stages whose networks are pruned
 _SCORES = 'popup_scores'
+_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+_SUFFIXES = re.compile(r'(\.(tar|pth|pt|ckpt|bin|t7|pkl|zip))+$', re.IGNORECASE)
 # PyTorch counts batches, and nothing here does.
 _IGNORED = 'num_batches_tracked'
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'} | {
@@ -64,6 +83,7 @@ def torch_name(path: str) -> str:
 def variables(
   tensors: Mapping[str, np.ndarray],
   settings: Any,
+  classes: int,
   stage: str,
   keep: float,
 ) -> Variables:
@@ -72,6 +92,7 @@ def variables(
   Args:
     tensors: a state dict, see `torch_file.read`.
     settings: `models.Settings` of the network.
+    classes: how many it tells apart.
     stage: 'pretrain' for an encoder alone; 'prune' and 'finetune' have masks
       where there are scores.
     keep: kept fraction of each layer that has scores.
@@ -86,11 +107,10 @@ def variables(
   from rocl_jax import masks, models
   from rocl_jax.trees import flatten, unflatten
 
-  model = models.build(settings, len(CIFAR10_CLASSES))
+  model = models.build(settings, classes)
   fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGE_SHAPE))
-  del fresh['params'][
-    'projector'
-  ]  # the published code keeps it in its own file
+  # The published code keeps it in its own file.
+  del fresh['params']['projector']
   if stage == 'pretrain':
     del fresh['params']['head']
   wanted = {torch_name(p): (p, x.shape) for p, x in flatten(fresh).items()}
@@ -104,7 +124,7 @@ def variables(
     for layer in scored
     if f'{layer}.weight' in wanted
   }
-  _check_names(tensors, wanted, scores, stage)
+  _check_names(tensors, wanted, scores, stage, settings.name)
   found = {
     path: _array(tensors, name, shape) for name, (path, shape) in wanted.items()
   }
@@ -131,7 +151,44 @@ def variables(
   return result | ({'dropped': dropped} if stage == 'prune' else {})
 
 
-def _check_names(tensors, wanted, scores, stage):
+def network(
+  tensors: Mapping[str, np.ndarray], settings: Any
+) -> tuple[Any, int | None]:
+  """What the shapes of a state dict say of the network.
+
+  Args:
+    tensors: see `torch_file.read`.
+    settings: `models.Settings`, for what the file does not say.
+
+  Returns:
+    The settings with its architecture and width, unchanged if it is none of
+    ARCHITECTURES; and the number of classes, None without a classifier.
+
+  Raises:
+    UserError: a width that no network has.
+  """
+  from rocl_jax import models
+
+  stem, head = (tensors.get(f'{x}.weight') for x in ('conv1', 'linear'))
+  blocks = _blocks(tensors)
+  name = next((k for k, x in models.ARCHITECTURES.items() if x == blocks), '')
+  if name and stem is not None and stem.ndim == 4:
+    fields = dataclasses.asdict(settings)
+    fields |= {'name': name, 'width': stem.shape[0]}
+    settings = parse(models.Settings, fields, '--checkpoint')
+  if head is None or head.ndim != 2 or len(head) == 0:
+    return settings, None
+  return settings, len(head)
+
+
+def _blocks(tensors):
+  """Blocks of each stage: (2, 2, 2, 2) of a ResNet-18."""
+  found = {m[0] for k in tensors if (m := re.match(r'layer\d+\.\d+\.', k))}
+  stages = [int(block[5:].partition('.')[0]) for block in found]
+  return tuple(stages.count(stage) for stage in sorted(set(stages)))
+
+
+def _check_names(tensors, wanted, scores, stage, name):
   """Raises UserError unless the file has all that is wanted and no more."""
   missing = [name for name in wanted if name not in tensors]
   known = {*wanted, *scores}
@@ -142,21 +199,40 @@ def _check_names(tensors, wanted, scores, stage):
     for name in tensors
     if name not in known and name.rpartition('.')[2] != _IGNORED
   ]
-  if missing or extra:
-    told = [
-      f'{what} {_some(names)}'
-      for what, names in (('lacks', missing), ('has, besides,', extra))
-      if names
-    ]
-    raise UserError(
-      f'--checkpoint: {" and ".join(told)}; wanted the published {stage} '
-      'network that config.model describes'
+  if not missing and not extra:
+    return
+  told = [
+    f'{what} {some(names)}'
+    for what, names in (('lacks', missing), ('has, besides,', extra))
+    if names
+  ]
+  hint = ''
+  if prefixes := _prefixes(tensors, wanted):
+    hint = (
+      f'; keys begin with {" and ".join(map(repr, prefixes[:3]))}: '
+      f'--state_dict={prefixes[0][:-1]} reads those alone'
     )
+  elif set(missing) == {'linear.weight', 'linear.bias'}:
+    hint = '; an encoder without its classifier is --stage=pretrain'
+  blocks = ', '.join(map(str, _blocks(tensors)))
+  raise UserError(
+    f'--checkpoint: {" and ".join(told)}; wanted the published {stage} '
+    f'network that config.model describes, a {name}'
+    + (f', and found stages of {blocks} blocks' if blocks else '')
+    + hint
+  )
 
 
-def _some(names):
-  shown = ', '.join(f'{name!r:.60}'.strip("'") for name in names[:3])
-  return shown + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+def _prefixes(tensors, wanted):
+  """What stands, in the file's order, before the names that are wanted."""
+  found = {}
+  for name in tensors:
+    parts = name.split('.')
+    ends = range(1, min(len(parts), 10))
+    at = next((i for i in ends if '.'.join(parts[i:]) in wanted), 0)
+    if name not in wanted and at:
+      found['.'.join(parts[:at]) + '.'] = True
+  return list(found)
 
 
 def _array(tensors, name, shape):
@@ -177,53 +253,121 @@ def _array(tensors, name, shape):
   return x
 
 
+def run_name(file: str) -> str:
+  """A run's name of a file's: 'model_best.pth.tar' -> 'model_best'."""
+  name = _SUFFIXES.sub('', os.path.basename(file))
+  name = re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')[:100]
+  if not name[:1].isalpha() or name == 'figures':
+    name = f'model-{name}'.strip('-')
+  return name
+
+
+def _images(settings, classes):
+  """(name, class names, image shape) of the images that the model is for."""
+  if settings.source == 'tfds':  # may still have to be downloaded
+    if classes in (None, len(CIFAR10_CLASSES)):
+      return 'cifar10', CIFAR10_CLASSES, IMAGE_SHAPE
+    # In the order of their numbers, as folders are sorted by name.
+    digits = len(str(classes - 1))
+    names = tuple(f'{i:0{digits}}' for i in range(classes))
+    return UNNAMED, names, IMAGE_SHAPE
+  dataset = data.load(settings.source, settings.dir, 0)
+  names = dataset.class_names
+  if classes not in (None, len(names)):
+    raise UserError(
+      f'config.data: {dataset.name} has {len(names)} classes, and the '
+      f"checkpoint's linear.weight {classes}; wanted the images that it was "
+      'trained on'
+    )
+  return dataset.name, names, dataset.test.images.shape[1:]
+
+
 def convert(
-  config: ConfigDict, checkpoint_file: str, out: str, stage: str
+  config: ConfigDict,
+  checkpoint_file: str,
+  out: str,
+  stage: str,
+  name: str = '',
+  part: str = '',
 ) -> epath.Path:
   """Writes the model folder; returns where it is.
 
   Args:
     config: see `experiment`.
     checkpoint_file: of the published code.
-    out: the folder.
+    out: the folder; '' for `<name>/model`.
     stage: a name in STAGES.
+    name: of the run; '' for one of the file's name.
+    part: see `torch_file.read`.
 
   Raises:
     UserError: a mistake in the config, no such checkpoint, one of another
-      network, or something is at `out`.
+      network or of other classes than the images, or something is at `out`.
     RunFailed: it could not be written.
   """
   from rocl_jax import checkpoint, results, torch_file
-  from rocl_jax.experiment import parse_experiment
+  from rocl_jax.experiment import check_name, parse_experiment
   from rocl_jax.stages import STAGES, prune
 
   if stage not in STAGES:
     raise UserError(
       f'--stage: found {stage!r}, wanted one of {", ".join(STAGES)}'
     )
-  run = parse_experiment(config).runs[0]
+  if name:
+    check_name('--name', name)
+  name = name or run_name(checkpoint_file)
+  experiment = parse_experiment(config)
+  run = experiment.runs[0]
   if is_remote(out):
     raise UserError(f'--out: found {out}, wanted a folder of this machine')
-  path = epath.Path(out).expanduser().resolve()
+  path = epath.Path(out or f'{name}/model').expanduser().resolve()
   if path.exists():
-    raise UserError(f'--out: {path} is there already; nothing is overwritten')
-  tensors = torch_file.read(checkpoint_file)
+    raise UserError(
+      f'--out: {path} is there already, and nothing is overwritten; wanted '
+      'another --out or --name'
+    )
+  if ',' in str(path):
+    raise UserError(
+      f'--out: {path} has a comma, which separates folders in --model; wanted '
+      'none'
+    )
+  tensors = torch_file.read(checkpoint_file, part)
   keep = 1.0
   if stage in _MASKED:
     if 'prune' not in run.config:
       raise UserError('config.prune: missing, and --stage needs its keep')
     section = parse(prune.Settings, run.config['prune'], 'config.prune')
     keep = section.keep
-  converted = variables(tensors, run.model, stage, keep)
+  model, classes = network(tensors, run.model)
+  if model != run.model:
+    say(
+      f'--checkpoint: a {model.name} of width {model.width}; config.model had '
+      f'a {run.model.name} of width {run.model.width}'
+    )
+  if stage == 'pretrain':
+    classes = None
+  converted = variables(
+    *(tensors, model, classes or len(CIFAR10_CLASSES), stage, keep)
+  )
+  dataset, class_names, image_shape = _images(experiment.data, classes)
+  if dataset == UNNAMED:
+    say(
+      f'--checkpoint: its {classes} classes are called {class_names[0]} to '
+      f'{class_names[-1]}, as no file names them: evaluate it on a FOLDER with '
+      'train/NAME and test/NAME of these names, of 32x32 images; or convert it '
+      'with --config.data.source=folder --config.data.dir=FOLDER, for the '
+      'names and the image size of that'
+    )
   about = {
-    'run': 'published',
+    'run': name,
     'stage': stage,
     'selection': 'last',
     'epoch': 0,  # the file does not say it in one way
-    'dataset': 'cifar10',
-    'class_names': list(CIFAR10_CLASSES),
-    'image_shape': list(IMAGE_SHAPE),
-    'config': run.config | {'name': 'published', 'stages': (stage,)},
+    'dataset': dataset,
+    'class_names': list(class_names),
+    'image_shape': list(image_shape),
+    'config': run.config
+    | {'name': name, 'stages': (stage,), 'model': dataclasses.asdict(model)},
     'versions': results.versions(),
     'converted_from': epath.Path(checkpoint_file).name,
   }
@@ -231,17 +375,51 @@ def convert(
   return path
 
 
+def next_command(path: epath.Path) -> str:
+  """What to call next with a converted model, to be pasted into a shell."""
+  from rocl_jax import checkpoint
+  from rocl_jax.files import read_json
+
+  about = read_json(path / checkpoint.ABOUT, dict)
+  same = shutil.which('python') == sys.executable
+  python = 'python' if same else sys.executable
+  inside = pathlib.Path.cwd() == _CONFIGS.parent
+  here = pathlib.Path() if inside else _CONFIGS.parent
+  configs = here / 'configs'
+  if about['stage'] == 'pretrain':
+    model, images = (about['config'][k] for k in ('model', 'data'))
+    words = [python, str(here / 'train.py'), f'--config={configs}/cifar10.py']
+    words += [f'--config.model.{k}={model[k]}' for k in ('name', 'width')]
+    words += [f'--config.data.{k}={images[k]}' for k in ('source', 'dir')]
+    words += ['--config.stages=supervised,prune,finetune']
+    words += [f'--config.init_from={path}', f'--workdir={path.parent}']
+  else:
+    words = [python, '-m', 'rocl_jax.evaluate', f'--model={path}']
+    words += [f'--config={configs}/eval.py:paper']
+  if about['dataset'] == UNNAMED:
+    words += ['--config.data.source=folder', '--config.data.dir=FOLDER']
+  return shlex.join(words)
+
+
 def main(_: list[str]) -> None:
   given = flags.FLAGS
-  path = convert(given.config, given.checkpoint, given.out, given.stage)
-  print(f'{path}: python -m rocl_jax.evaluate --model={path}')
+  path = convert(
+    *(given.config, given.checkpoint, given.out, given.stage),
+    *(given.name, given.state_dict),
+  )
+  print(next_command(path))
 
 
 if __name__ == '__main__':
   command.define_config()
   flags.DEFINE_string('checkpoint', None, 'File that torch.save wrote.')
-  flags.DEFINE_string('out', None, 'Model folder to write.')
+  flags.DEFINE_string('name', '', 'Name of the run in records.')
+  flags.DEFINE_string('out', '', 'Model folder to write.')
   flags.DEFINE_string('stage', 'supervised', 'Stage that it was trained for.')
+  flags.DEFINE_string('state_dict', '', 'Which weights of several.')
   command.run(
-    main, usage=__doc__ or '', required=('config', 'checkpoint', 'out')
+    main,
+    usage=__doc__ or '',
+    required=('checkpoint',),
+    default_config=str(_CONFIGS / 'cifar10.py'),
   )

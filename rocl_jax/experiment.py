@@ -145,10 +145,10 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     )
   top, main = _parse_run(config, name='', where='config')
   runs = [main]
-  _check_name('config.name', main.name)
+  check_name('config.name', main.name)
   for name in top.compare:
     where = f'config.baselines.{name}'
-    _check_name(where, name)
+    check_name(where, name)
     if name in [run.name for run in runs]:
       raise UserError(f'{where}: there is a run of this name already')
     overlay = config.baselines[name]
@@ -174,8 +174,8 @@ def parse_experiment(config: ConfigDict) -> Experiment:
   )
 
 
-def _check_name(where, name):
-  """A run's name is that of a folder beside those of the stages."""
+def check_name(where: str, name: str) -> None:
+  """Raises UserError unless it is one for a run: that of a folder, too."""
   if not re.fullmatch(r'[A-Za-z][\w.-]*', name) or name == 'figures':
     raise UserError(
       f'{where}: found {name!r}, wanted a name of letters, digits, ".", "_" '

@@ -12,7 +12,7 @@ objects other than tensors in dicts and lists of plain values.
 import math
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +20,7 @@ import numpy as np
 
 from rocl_jax import pickles
 from rocl_jax.errors import UserError
+from rocl_jax.progress import say
 
 LARGEST = 4 << 30  # bytes of a file
 _LARGEST_PICKLE = 64 << 20
@@ -40,27 +41,35 @@ _DTYPES = {
   'BoolStorage': np.dtype('?'),
 }
 # Where the published code, and most other, keeps the weights in a checkpoint.
-_USUAL = ('state_dict', 'model', 'net', 'model_state_dict')
+_USUAL = {'state_dict', 'model', 'net', 'model_state_dict'}
+_DEEPEST = 3  # of a state dict, in the dicts round it
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike, part: str = '') -> dict[str, np.ndarray]:
   """Returns the state dict of a checkpoint.
 
   That is the file's dict itself if it holds nothing but tensors, or else the
-  one in it. A prefix 'module.' of every name, as DataParallel leaves it, goes.
+  one in it; of several the one with a usual name. A prefix that all names of
+  weights share goes, as DataParallel's 'module.'. What it chose is printed.
 
   Args:
     path: the file.
+    part: which dict, by its key, or which names, by their prefix: 'ema_model',
+      'ema.state_dict'. Needed only where the file leaves it open.
 
   Returns:
     {name: array}, read-only views of the storages, in the file's order.
 
   Raises:
-    UserError: it can't be read, is damaged, or is anything else; one line.
+    UserError: it can't be read, is damaged, holds several state dicts or none
+      called `part`, or is anything else; one line.
   """
   try:
     with open(path, 'rb') as file:
-      return _named(_state_dict(_content(file)))
+      content = _content(file)
+    if type(content) is not dict:
+      raise ValueError('no dict')
+    return _unwrapped(path, _chosen(path, content, part))
   except UserError:
     raise
   # A damaged zip raises whatever zipfile and struct raise.
@@ -207,30 +216,93 @@ def _tensor(
   )
 
 
-def _state_dict(content: Any) -> dict[str, np.ndarray]:
-  if type(content) is not dict:
-    raise ValueError('no dict')
-  if _is_state_dict(content):
-    return content
-  found = [key for key, value in content.items() if _is_state_dict(value)]
-  usual = [key for key in _USUAL if key in found]
-  if not usual and len(found) != 1:
-    raise ValueError(
-      'no dict of tensors' if not found else 'several dicts of tensors'
+def _chosen(
+  path: str | os.PathLike, content: dict, part: str
+) -> dict[str, np.ndarray]:
+  found = dict(_state_dicts(content, (), set()))
+  if not found:
+    raise ValueError('no dict of tensors')
+  names = some(key for key in found if key)
+  if part:
+    inside = {
+      key: {k: x for k, x in tensors.items() if k.startswith(f'{part}.')}
+      for key, tensors in found.items()
+    }
+    chosen = [part] if part in found else [k for k, x in inside.items() if x]
+    if len(chosen) == 1:
+      return found[part] if part in found else inside[chosen[0]]
+    raise UserError(
+      f'{path}: found {len(chosen) or "no"} parts {part!r:.60}; wanted a dict '
+      f'of tensors ({names or "it holds one, without a name"}) or a prefix of '
+      'names'
     )
-  return content[(usual or found)[0]]
+  usual = [key for key in found if _USUAL.issuperset(key.split('.'))]
+  chosen = usual or list(found)
+  if len(chosen) > 1:
+    raise UserError(
+      f'{path}: several dicts of tensors: {some(chosen)}; wanted one of them, '
+      'named by --state_dict'
+    )
+  if len(found) > 1:
+    say(f'{path}: holds {names}; read: {chosen[0]}')
+  return found[chosen[0]]
 
 
-def _is_state_dict(value: Any) -> bool:
-  return (
-    type(value) is dict
-    and len(value) > 0
-    and all(type(k) is str and type(x) is np.ndarray for k, x in value.items())
+def _state_dicts(
+  value: Any, keys: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+  """The state dicts in nested dicts, each once, by 'outer.inner' keys."""
+  if type(value) is not dict or id(value) in seen:
+    return
+  seen.add(id(value))
+  if _is_state_dict(value):
+    yield '.'.join(keys), value
+  elif len(keys) < _DEEPEST:
+    for key, inside in value.items():
+      if type(key) is str:
+        yield from _state_dicts(inside, (*keys, key), seen)
+
+
+def _is_state_dict(value: dict) -> bool:
+  return len(value) > 0 and all(
+    type(k) is str and type(x) is np.ndarray for k, x in value.items()
   )
 
 
-def _named(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  prefix = 'module.'
-  if all(name.startswith(prefix) for name in tensors):
-    tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
-  return tensors
+def some(names: Iterable[str]) -> str:
+  """The first three names of a file, for a message."""
+  known = list(names)
+  shown = ', '.join(f'{name!r:.60}'.strip("'") for name in known[:3])
+  return shown + (f' and {len(known) - 3} more' if len(known) > 3 else '')
+
+
+def _unwrapped(
+  path: str | os.PathLike, tensors: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """The tensors without the prefix that wrappers gave the names of all weights.
+
+  A wrapper's own counters, such as `n_averaged`, stand beside them and go.
+  """
+  weights = {
+    name for name, x in tensors.items() if x.ndim or x.dtype.kind not in 'biu'
+  } or set(tensors)
+  first, last = min(weights), max(weights)  # what they share, all share
+  prefix, count = '', 0
+  for ours, theirs in zip(
+    first.split('.')[:-1], last.split('.')[:-1], strict=False
+  ):
+    # A layer alone is no wrapper: its weights have no dots in their names.
+    below = any(name.count('.') > count + 1 for name in weights)
+    if ours != theirs or not (below or ours == 'module'):
+      break
+    prefix, count = f'{prefix}{ours}.', count + 1
+  if not prefix:
+    return tensors
+  rest = [name for name in tensors if not name.startswith(prefix)]
+  also = f', and so is {some(rest)}' if rest else ''
+  say(f'{path}: all names begin with {prefix!r:.60}, which is left out{also}')
+  return {
+    name.removeprefix(prefix): x
+    for name, x in tensors.items()
+    if name.startswith(prefix)
+  }

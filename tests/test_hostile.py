@@ -6,6 +6,7 @@ are made inside of what protects it: a member of a zip file is changed and its
 checksum made anew, a folder is sealed again. `pytest -m slow` tries thousands.
 """
 
+import copy
 import dataclasses
 import functools
 import gzip
@@ -14,6 +15,7 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from rocl_jax import (
   checkpoint,
   command,
   convert,
+  experiment,
   files,
   journal,
   manifest,
@@ -963,9 +966,9 @@ def test_compressed_and_overlapping_members(tmp_path):
 SMALL = models.Settings(name='resnet8', width=4, dtype='float32')
 
 
-def published(scores=False, classes=10):
+def published(scores=False, classes=10, settings=SMALL):
   """A state dict of the published code, of random tensors."""
-  model = models.build(SMALL, classes)
+  model = models.build(settings, classes)
   fresh = jax.eval_shape(
     lambda: model.init(jax.random.key(0), convert.IMAGE_SHAPE)
   )
@@ -1010,7 +1013,7 @@ def test_convert(tmp_path):
   tensors = published()
   path = converted(tmp_path, tensors, 'supervised')
   one = saved.load(str(path), '--model')
-  assert one.name == 'published/supervised'
+  assert one.name == 'x/supervised'
   variables = one.variables
   kernel = variables['params']['encoder']['stage2_block1_shortcut']['kernel']
   np.testing.assert_array_equal(
@@ -1116,16 +1119,23 @@ def _without(tensors):
   ('change', 'stage', 'message'),
   [
     (_without, 'supervised', 'lacks linear.bias, linear.weight; wanted'),
+    (_without, 'supervised', 'classifier is --stage=pretrain'),
     (_without, 'pretrain', None),
     (
       _change('layer4.0.conv1.weight', np.ones((1, 1), np.float32)),
       'supervised',
-      'has, besides, layer4.0.conv1.weight; wanted the published supervised',
+      'has, besides, layer4.0.conv1.weight; wanted the published supervised '
+      '.*, a resnet8, and found stages of 1, 1, 1, 1 blocks',
+    ),
+    (
+      _change('conv1.weight', np.ones((5000, 3, 3, 3), np.float32)),
+      'supervised',
+      '--checkpoint.width: found 5000, wanted 1 to 4096',
     ),
     (
       _change('linear.weight', np.ones((100, 16), np.float32)),
       'supervised',
-      r'linear.weight is \[100, 16\], wanted \[10, 16\]',
+      r'linear.bias is \[10\], wanted \[100\]',
     ),
     (
       _change('linear.bias', np.ones(10, np.int64)),
@@ -1153,6 +1163,211 @@ def test_convert_refuses(change, stage, message, tmp_path):
     return
   refused(message, converted, tmp_path, tensors, stage)
   assert not (tmp_path / 'model').exists()
+
+
+def write(path, content):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(torch_bytes(content))
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'width', 'classes'),
+  [('resnet8', 3, 10), ('resnet20', 2, 7), ('resnet18', 1, 12)],
+)
+def test_convert_infers_the_network(name, width, classes, tmp_path, capsys):
+  """Of whatever config: that of a resnet8 of width 4 here."""
+  settings = models.Settings(name=name, width=width, dtype='float32')
+  tensors = published(classes=classes, settings=settings)
+  path = write(tmp_path / 'x.pt', {'state_dict': tensors})
+  out = str(tmp_path / 'model')
+  one = saved.load(str(convert.convert(config(), path, out, 'finetune')), '')
+  assert one.network == (settings, classes)
+  told = capsys.readouterr().err
+  assert f'a {name} of width {width}; config.model had a resnet8' in told
+  # Names that are sorted as their numbers are, as those of folders are.
+  numbers = [f'{i:02}' if classes == 12 else str(i) for i in range(classes)]
+  wanted = list(CIFAR10_CLASSES) if classes == 10 else numbers
+  assert one.class_names == wanted == sorted(wanted)
+  command_line = convert.next_command(one.folder)
+  assert ('source=folder' in command_line) == (classes != 10)
+  assert ('classes are called' in told) == (classes != 10)
+
+
+def test_convert_takes_classes_of_the_images(tmp_path):
+  tensors = published(classes=2)
+  for split in ('train', 'test'):
+    for number in range(2):
+      path = tmp_path / 'images' / split / os.fsdecode(b'\xff%d' % number)
+      path.mkdir(parents=True)
+      (path / '0.png').write_bytes(image_bytes('PNG'))
+  mine = copy.deepcopy(config())
+  mine.data.source, mine.data.dir = 'folder', str(tmp_path / 'images')
+  path = write(tmp_path / 'x.pt', tensors)
+  found = convert.convert(mine, path, str(tmp_path / 'model'), 'supervised')
+  about = saved.load(str(found), '').about
+  assert about['class_names'] == ['\udcff0', '\udcff1']
+  assert about['image_shape'] == [6, 6, 3] and about['dataset'] == 'images'
+  path = write(tmp_path / 'y.pt', published(classes=3))
+  refused(
+    "config.data: images has 2 classes, and the checkpoint's linear.weight 3",
+    *(convert.convert, mine, path, str(tmp_path / 'other'), 'supervised'),
+  )
+
+
+@pytest.mark.parametrize(
+  ('file', 'name'),
+  [
+    ('model_best.pth.tar', 'model_best'),
+    ('ckpt.t7Rep_attack_ep_0.0314', 'ckpt.t7Rep_attack_ep_0.0314'),
+    ('ours (2), final.PT', 'ours-2-final'),
+    ('99 %.pt', 'model-99'),
+    ('Größe.pth', 'Gr-e'),
+    ('\udcff.pt', 'model'),
+    ('figures.pt', 'model-figures'),
+    ('.pt', 'model'),
+  ],
+)
+def test_a_run_is_called_as_its_file(file, name):
+  assert convert.run_name(f'/some where/{file}') == name
+  experiment.check_name('--name', name)
+
+
+def test_conversions_do_not_share_a_folder(tmp_path, monkeypatch):
+  """Records lie beside a model's folder: each has a parent of its own."""
+  monkeypatch.chdir(tmp_path)
+  sources = [write(tmp_path / f"a'b c/{x}.pt", published()) for x in 'xy']
+  paths = [convert.convert(config(), x, '', 'supervised') for x in sources]
+  paths.append(convert.convert(config(), sources[0], '', 'supervised', 'third'))
+  assert [str(p.relative_to(tmp_path)) for p in map(Path, paths)] == [
+    *('x/model', 'y/model', 'third/model')
+  ]
+  assert saved.load(str(paths[2]), '').name == 'third/supervised'
+  again = (convert.convert, config(), sources[0], '', 'supervised')
+  refused('x/model is there already', *again)
+  refused("--name: found '1/x', wanted a name of letters", *again, '1/x')
+  odd = convert.convert(config(), sources[0], "it's odd $x/model", 'supervised')
+  words = shlex.split(convert.next_command(odd))
+  assert words[1:] == [
+    *('-m', 'rocl_jax.evaluate', f'--model={odd}'),
+    f'--config={ROOT}/configs/eval.py:paper',
+  ]
+  refused(
+    'has a comma', convert.convert, config(), sources[0], 'a,b', 'supervised'
+  )
+
+
+def _prefixed(prefix, tensors):
+  return {prefix + k: x for k, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+  ('prefix', 'beside'),
+  [
+    *((x, {}) for x in ('ema_model.', 'model.', '_orig_mod.', 'net.')),
+    *((x, {}) for x in ('encoder.', 'module.model.', 'a.b.c.d.')),
+    ('module.', {'n_averaged': np.array(5)}),
+    ('ema_model.', {'initted': np.array(True), 'step': np.array(5)}),
+  ],
+)
+def test_a_prefix_of_all_names_is_left_out(prefix, beside, tmp_path, capsys):
+  tensors = published()
+  path = write(tmp_path / 'x.pt', beside | _prefixed(prefix, tensors))
+  found = torch_file.read(path)
+  assert found.keys() == tensors.keys()
+  told = capsys.readouterr().err
+  assert f'all names begin with {prefix!r}' in told and told.count('\n') == 1
+  assert all(name in told for name in beside)
+
+
+def test_names_of_layers_are_no_prefix(tmp_path):
+  for names in (['conv1.weight'], ['linear.weight', 'linear.bias'], ['x']):
+    path = write(tmp_path / 'x.pt', {k: np.ones(2, np.float32) for k in names})
+    assert list(torch_file.read(path)) == names
+
+
+def test_one_of_several_state_dicts(tmp_path, capsys):
+  one, other = published(), published(classes=3)
+  path = tmp_path / 'x.pt'
+  for key in ('state_dict', 'model', 'net', 'model_state_dict'):
+    for beside in ({}, {f'ema_{key}': other}, {'ema': {'model': other}}):
+      write(path, {'epoch': 3, key: one, 'best': {'acc': 0.5}} | beside)
+      found = torch_file.read(path)
+      assert found['linear.bias'].shape == (10,)
+      told = capsys.readouterr().err
+      assert not beside or (f'read: {key}' in told and 'ema' in told)
+      if beside:
+        part = 'ema.model' if 'ema' in beside else f'ema_{key}'
+        assert torch_file.read(path, part)['linear.bias'].shape == (3,)
+  write(path, {'weights': {'inner': one}})
+  assert torch_file.read(path).keys() == one.keys()
+  for content in ({'model': one, 'net': other}, {'ema': one, 'raw': other}):
+    write(path, content)
+    refused(
+      f'several dicts of tensors: {", ".join(content)}; wanted one',
+      *(torch_file.read, path),
+    )
+    for key, wanted in content.items():
+      assert torch_file.read(path, key)['linear.bias'].shape == (
+        wanted['linear.bias'].shape
+      )
+  refused("found no parts 'none'; wanted a dict", torch_file.read, path, 'none')
+
+
+def test_one_of_several_prefixes(tmp_path):
+  online = published()
+  ema = {k: np.asarray(x + 1) for k, x in online.items()}
+  tensors = _prefixed('online_model.', online) | _prefixed('ema_model.', ema)
+  path = write(tmp_path / 'x.pt', {'state_dict': tensors})
+  arguments = (config(), path, str(tmp_path / 'model'), 'supervised')
+  refused(
+    "keys begin with 'online_model.' and 'ema_model.': "
+    '--state_dict=online_model reads',
+    *(convert.convert, *arguments),
+  )
+  found = saved.load(str(convert.convert(*arguments, 'ema', 'ema_model')), '')
+  np.testing.assert_array_equal(
+    found.variables['params']['head']['bias'], ema['linear.bias']
+  )
+  path = write(
+    tmp_path / 'y.pt',
+    _prefixed('model.', online) | {'mean': np.ones((3, 1, 1), np.float32)},
+  )
+  refused(
+    "has, besides, .*keys begin with 'model.': --state_dict=model reads",
+    *(convert.convert, config(), path, str(tmp_path / 'other'), 'supervised'),
+  )
+
+
+@pytest.mark.slow
+def test_what_convert_prints_can_be_pasted(tmp_path):
+  """Two digits' networks of width 2, each evaluated by the printed command."""
+  settings = models.Settings(name='resnet8', width=2, dtype='float32')
+  for name in ('a b', 'c'):
+    write(tmp_path / f'{name}.pt', {'net': published(settings=settings)})
+    done = subprocess.run(
+      [sys.executable, '-m', 'rocl_jax.convert']
+      + [f'--checkpoint={name}.pt', '--config.data.source=digits'],
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[-1]
+    more = ' --config.eval.examples=8 --config.audit.examples=0'
+    done = subprocess.run(
+      line + more,
+      shell=True,
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+    )
+    assert done.returncode in (0, 3), done.stderr  # 3: an untrained network
+    folder = name.replace(' ', '-')
+    records = json.loads((tmp_path / folder / 'results.json').read_text())
+    assert {record['run'] for record in records} == {folder}
 
 
 def test_convert_command(tmp_path):
