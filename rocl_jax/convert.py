@@ -389,6 +389,7 @@ def next_command(path: epath.Path) -> str:
   if about['stage'] == 'pretrain':
     model, images = (about['config'][k] for k in ('model', 'data'))
     words = [python, str(here / 'train.py'), f'--config={configs}/cifar10.py']
+    words += [f'--config.name={about["run"]}']
     words += [f'--config.model.{k}={model[k]}' for k in ('name', 'width')]
     words += [f'--config.data.{k}={images[k]}' for k in ('source', 'dir')]
     words += ['--config.stages=supervised,prune,finetune']

@@ -8,7 +8,7 @@
 | `tfds` | TensorFlow Datasets' data_dir; '' is its default. CIFAR-10 |
 | `binary` | the folder of CIFAR-10's official binary version |
 | `python` | the folder of its official Python version, never unpickled |
-| `folder` | a folder with train/<class>/ and test/<class>/ images |
+| `folder` | a folder with train/<class>/ and test/<class>/ images, see there |
 | `digits` | not used: scikit-learn's digits, 8x8 pixels |
 
 Images to evaluate on, and not to train on:
