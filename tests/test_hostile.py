@@ -1158,8 +1158,11 @@ def _without(tensors):
 def test_convert_refuses(change, stage, message, tmp_path):
   tensors = change(published())
   if message is None:
-    variables, _ = checkpoint.load_model(converted(tmp_path, tensors, stage))
+    path = converted(tmp_path, tensors, stage)
+    variables, _ = checkpoint.load_model(path)
     assert variables['params'].keys() == {'encoder'}
+    words = shlex.split(convert.next_command(path))  # trains from it
+    assert {f'--config.init_from={path}', '--config.name=x'} < set(words)
     return
   refused(message, converted, tmp_path, tensors, stage)
   assert not (tmp_path / 'model').exists()
