@@ -19,6 +19,7 @@ from rocl_jax.mesh import gathered
 
 _TINY = 1e-12  # as in AutoAttack's ratios
 _GUARD = 1e-8  # as in RoCL's `loss.py`, in the norm and in both logarithms
+_LOG_GUARD = math.log(_GUARD)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -94,10 +95,13 @@ def nt_xent(
   Returns:
     [N]; the mean is the published loss, twice a per-pair mean for V = 3.
   """
-  positives, total = _similarities(views, temperature, detach_keys)
+  positives, rest = _similarities(views, temperature, detach_keys)
   loss = jnp.zeros(())
-  for (anchor, _), positive in positives.items():
-    loss = loss + _minus_log_ratio(positive, total[anchor])
+  for anchor, found in enumerate(positives):
+    for i, positive in enumerate(found):
+      others = [rest[anchor], *found[:i], *found[i + 1 :]]
+      odds = functools.reduce(jnp.logaddexp, others) - positive
+      loss = loss + _minus_log_ratio(odds)
   return loss / len(views)
 
 
@@ -129,48 +133,53 @@ def nt_xent_eq3(
 ) -> jax.Array:
   """The paper's Eq. 3: the first view is the only anchor, and the logarithm
   is taken once, of the summed positives. Arguments as `nt_xent`; [N]."""
-  positives, total = _similarities(views, temperature, detach_keys)
-  of_first = [x for (anchor, _), x in positives.items() if anchor == 0]
-  return _minus_log_ratio(functools.reduce(jnp.logaddexp, of_first), total[0])
+  positives, rest = _similarities(views, temperature, detach_keys)
+  return _minus_log_ratio(
+    rest[0] - functools.reduce(jnp.logaddexp, positives[0])
+  )
 
 
-def _minus_log_ratio(positive, total):
-  """-log(p / (t + guard) + guard) of log(p) and log(t).
+def _minus_log_ratio(odds):
+  """-log(p / (p + r) + guard) of log(r / p).
 
-  In logarithms: at low temperatures float32 has no exp(cosine / temperature).
+  Of the odds and not of the sum, or the gradient of a positive that outweighs
+  all else would be the difference of two large numbers.
   """
-  log_guard = math.log(_GUARD)
-  ratio = positive - jnp.logaddexp(total, log_guard)
-  return -jnp.logaddexp(ratio, log_guard)
+  return -jnp.logaddexp(-jax.nn.softplus(odds), _LOG_GUARD)
 
 
 def _similarities(views, temperature, detach_keys):
   """Logarithms of exp(cosine / temperature), summed and singled out.
 
-  View by view, each with a product of its own: one long batch of all views
-  would not lie where its images do, and devices had to exchange them. So the
-  embeddings of each view are gathered once, as keys, and nothing else moves.
+  Logarithms, as float32 has no such exponentials at low temperatures. View by
+  view, each with a product of its own: one long batch of all views would not
+  lie where its images do, and devices had to exchange them. So the embeddings
+  of each view are gathered once, as keys, and nothing else moves.
 
   Returns:
-    {(anchor, key): [N]} of each ordered pair of views, instance by instance;
-    and for each view [N], the sum over all embeddings but the own.
+    For each view, as anchor, those of its positives, [N] for each other view;
+    and for each view [N], that of the sum over all other instances and the
+    guard.
   """
   z = [_unit(view) for view in views]
   keys = [gathered(x) for x in (lax.stop_gradient(z) if detach_keys else z)]
   own = jnp.eye(len(z[0]), dtype=bool)
-  positives, total = {}, []
+  positives, rest = [], []
   for a, anchor in enumerate(z):
-    rows = []
+    rows, found = [], []
     for k, key in enumerate(keys):
       cosine = jnp.dot(anchor, key.T, precision=lax.Precision.HIGHEST)
-      rows.append(jnp.where(own, -jnp.inf, cosine) if a == k else cosine)
+      rows.append(jnp.where(own, -jnp.inf, cosine))
       if a != k:
-        positives[a, k] = (anchor * key).sum(-1) / temperature
+        found.append((anchor * key).sum(-1) / temperature)
     largest = [lax.stop_gradient(row).max(1, keepdims=True) for row in rows]
-    top = functools.reduce(jnp.maximum, largest)
+    # The guard is as one more, and the only one in a batch of one.
+    top = functools.reduce(jnp.maximum, largest, temperature * _LOG_GUARD)
     sums = [jnp.exp((row - top) / temperature).sum(1) for row in rows]
-    total.append(top[:, 0] / temperature + jnp.log(sum(sums)))
-  return positives, total
+    top = top[:, 0] / temperature
+    rest.append(top + jnp.log(sum(sums) + jnp.exp(_LOG_GUARD - top)))
+    positives.append(found)
+  return positives, rest
 
 
 def _unit(z):

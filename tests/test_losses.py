@@ -154,6 +154,7 @@ def embeddings(kind, views):
   common = np.random.default_rng(1).standard_normal((1, 1, 16))
   return {
     'random': random,
+    'aligned': random[:1] + 0.01 * random,
     'nearly equal': common + 1e-3 * random,
     'antipodal': np.concatenate([-random[1:2], random[1:]]),
     'zero': np.zeros_like(random),
@@ -185,23 +186,25 @@ def test_nt_xent_in_float32_is_the_published_formula_in_float64(
   ours = both(getattr(losses, name))
   theirs = both(lambda *rest: published_contrastive(name, *rest))
   temperatures = (0.5, 0.1, 0.0225, 0.0125, 0.01, 0.005)
-  for kind in ('random', 'nearly equal', 'antipodal', 'zero', 'some zero'):
-    z = embeddings(kind, 3)
+  kinds = ('random', 'nearly equal', 'antipodal', 'zero', 'some zero')
+  for views, kind in (*((3, kind) for kind in kinds), (2, 'aligned')):
+    z = embeddings(kind, views)
     for temperature in temperatures:
       with jax.enable_x64(True):
         wide = jnp.asarray(z, jnp.float64)
         wanted, slope = theirs(wide, temperature)
         exact, exact_slope = ours(wide, temperature)
         # Equal to rounding in float64: the guards mean the same.
-        np.testing.assert_allclose(exact, wanted, rtol=1e-12)
-        scale = float(jnp.abs(slope).max())
-        np.testing.assert_allclose(exact_slope, slope, atol=1e-9 * scale)
+        np.testing.assert_allclose(exact, wanted, rtol=1e-12, atol=1e-14)
+        # Where one positive outweighs all, the formula itself rounds.
+        scale, rounding = float(jnp.abs(slope).max()), 1e-14 / temperature
+        limit = 1e-9 * scale + rounding
+        np.testing.assert_allclose(exact_slope, slope, rtol=0, atol=limit)
       found, found_slope = ours(jnp.asarray(z), temperature)
       assert found.dtype == jnp.float32
-      np.testing.assert_allclose(found, wanted, rtol=1e-4)
-      # Gradients that vanish beside 1 / temperature are rounding.
-      limit = 1e-3 * max(scale, 1e-7 / temperature)
-      np.testing.assert_allclose(found_slope, slope, atol=limit)
+      np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+      limit = 1e-3 * scale + rounding
+      np.testing.assert_allclose(found_slope, slope, rtol=0, atol=limit)
 
 
 def test_nt_xent_of_bfloat16_is_that_of_the_same_numbers():
@@ -211,3 +214,12 @@ def test_nt_xent_of_bfloat16_is_that_of_the_same_numbers():
     assert found.dtype == jnp.float32
     same = loss(list(z.astype(jnp.float32)), 0.01)
     np.testing.assert_array_equal(found, same)
+
+
+def test_nt_xent_of_one_instance_is_its_guards():
+  z = jnp.asarray(embeddings('random', 1)[[0, 0], :1])
+  for loss in (losses.nt_xent, losses.nt_xent_eq3):
+    mean = lambda z, loss=loss: loss(list(z), 0.01).mean()
+    value, slope = jax.value_and_grad(mean)(z)
+    assert abs(float(value)) < 1e-6
+    assert float(jnp.abs(slope).max()) < 1e-6
