@@ -257,7 +257,7 @@ def test_batchnorm_sees_the_published_passes():
   images = augment.to_float(batch.images)
   frozen = MODEL.prepare(FRESH)
   clean = frozen(images)
-  x_adv = settings.attack.attack(
+  x_adv, _ = settings.attack.attack(
     lambda x: losses.kl_divergence(clean, frozen(x)),
     images,
     jax.random.split(key)[1],
@@ -279,7 +279,7 @@ def test_batchnorm_sees_the_published_passes():
   keys = jax.random.split(key, 3)
   view1, view2 = (augment.views(batch.images, k, 0.08) for k in keys[:2])
   target = frozen(view2, 'projection')
-  x_adv = settings.attack.attack(
+  x_adv, _ = settings.attack.attack(
     lambda x: losses.nt_xent([frozen(x, 'projection'), target], 0.5),
     view1,
     keys[2],
