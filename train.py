@@ -49,10 +49,10 @@ def main(_: list[str]) -> None:
   allowed = flags.FLAGS.allow_change
   records = pipeline.run(flags.FLAGS.config, workdir, allowed)
   if processes.is_first():
-    with report.opened(workdir) as folder:
-      path = report.write(folder).replace(folder, workdir)
+    path = report.attempt(workdir)
     print(report.terminal_table(records))
-    print(f'\nReport, curves and pictures: {path}')
+    if path:
+      print(report.terminal(f'\nReport, curves and pictures: {path}'))
   processes.finish()
 
 

@@ -17,6 +17,7 @@ from rocl_jax.figures.accuracy import (
 from rocl_jax.figures.images import Example, examples
 from rocl_jax.figures.layers import Histogram, density, histograms
 from rocl_jax.figures.method import overview
+from rocl_jax.figures.names import MissingGlyphs, printable
 from rocl_jax.figures.robustness import (
   CONFUSION_COLOURS,
   SecurityCurve,
@@ -35,6 +36,7 @@ __all__ = [
   'Example',
   'Histogram',
   'INK',
+  'MissingGlyphs',
   'MUTED',
   'Point',
   'Result',
@@ -49,6 +51,7 @@ __all__ = [
   'examples',
   'histograms',
   'overview',
+  'printable',
   'results',
   'run_colours',
   'security',

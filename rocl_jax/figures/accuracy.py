@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import (
   INK,
   MUTED,
@@ -32,6 +33,7 @@ class Result(NamedTuple):
   note: str = ''  # how it was measured, where that differs from the rest
 
 
+@picture
 def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
   """Robust and clean accuracy of every model, joined by a line."""
   colours = run_colours([row.run for row in rows])
@@ -53,7 +55,7 @@ def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
     ax.text(
       far,
       height,
-      run,
+      short(run, 28),
       transform=margin,
       fontsize=13,
       fontweight='bold',
@@ -61,7 +63,7 @@ def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
       va='center',
     )
   for row, height in heights:
-    name = row.stage.replace('_', ' ')
+    name = short(row.stage.replace('_', ' '), 24)
     style: dict[str, Any] = {'transform': margin, 'va': 'center'}
     size = 12 if len(name) < 12 else 9
     ax.text(far + 0.02, height, name, fontsize=size, color=INK, **style)
@@ -78,7 +80,7 @@ def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
   ax.tick_params(length=0, labelsize=11)
   ax.set_xlabel('top-1 accuracy, %', fontsize=11, color=MUTED)
   ax.set_title(
-    title,
+    short(title, 70),
     fontsize=14,
     fontweight='bold',
     color=INK,
@@ -87,7 +89,7 @@ def results(rows: Sequence[Result], title: str, subtitle: str = '') -> Figure:
     pad=30 if subtitle else 9,
   )
   ax.annotate(
-    subtitle,
+    short(subtitle, 75),
     (far, 1),
     xycoords='axes fraction',
     xytext=(0, 10),
@@ -116,7 +118,7 @@ def _pair(ax: Axes, row: Result, height: float, colour: str) -> None:
     height, row.robust, row.clean, color=colour, linewidth=4.5, alpha=0.28
   )
   ax.annotate(
-    row.note,
+    short(row.note, 60),
     ((row.robust + row.clean) / 2, height),
     xytext=(0, -11),
     textcoords='offset points',
@@ -164,6 +166,7 @@ class Point(NamedTuple):
   mark: str
 
 
+@picture
 def against(
   points: Sequence[Point], x_label: str, ticks: Sequence[str] = ()
 ) -> Figure:
@@ -216,7 +219,7 @@ def against(
     ax.set_ylim(low - short, high + short)
   panels[0].set_ylabel('accuracy, %', fontsize=10, color=INK)
   handles = [Line2D([], [], color=colours[m], linewidth=2) for m in methods]
-  labels = list(methods)
+  labels = [short(method, 30) for method in methods]
   if not ticks:
     handles += [
       Line2D([], [], color=MUTED, marker=shape, linestyle='', markersize=6)
@@ -244,6 +247,7 @@ class StagePoint(NamedTuple):
   published_robust: float
 
 
+@picture
 def by_stage(rows: Sequence[StagePoint]) -> Figure:
   """Every method's stages side by side, with the published figures."""
   methods = list(dict.fromkeys(row.method for row in rows))

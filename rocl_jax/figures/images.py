@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import GREEN, INK, VERMILLION
 
 
@@ -20,6 +21,7 @@ class Example(NamedTuple):
   adversarial: ArrayLike
 
 
+@picture
 def examples(
   images: Sequence[Example],
   class_names: Sequence[str],
@@ -43,11 +45,12 @@ def examples(
   figure = Figure(figsize=(1.3 * max(columns, 4), 5.0), layout='constrained')
   axes = figure.subplots(3, columns, squeeze=False)
   magnified = f'perturbation × {factor:.3g}'
-  figure.suptitle(f'{title}\nbottom row: {magnified}', fontsize=11, color=INK)
+  title = f'{short(title, 22 * max(columns, 4) // 2)}\nbottom row: {magnified}'
+  figure.suptitle(title, fontsize=11, color=INK)
 
   def name(index: int) -> str:
     known = 0 <= index < len(class_names)
-    return str(class_names[index]) if known else str(index)
+    return short(str(class_names[index]), 18) if known else str(index)
 
   for column, (image, (clean, adversarial)) in enumerate(
     zip(images, pairs, strict=True)

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import (
   BLUE,
   DASHED,
@@ -16,12 +18,13 @@ from rocl_jax.figures.style import (
 )
 
 
+@picture
 def density(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
   """Weights and kept weights of each layer: `{layer: (size, kept)}`."""
   names = list(layers)
   figure = Figure(figsize=(8, 1.3 + 0.25 * len(names)), layout='constrained')
   left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
-  figure.suptitle(title, fontsize=11, color=INK)
+  figure.suptitle(short(title, 90), fontsize=11, color=INK)
   y = np.arange(len(names))
   size = np.array([layers[name][0] for name in names], float)
   kept = np.array([layers[name][1] for name in names], float)
@@ -33,7 +36,8 @@ def density(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
   )
   left.plot(shown, y, 'o', markersize=6, color=BLUE)
   left.set_xscale('log')
-  left.set_yticks(y, [name.removesuffix('/kernel') for name in names])
+  left.xaxis.set_major_formatter(EngFormatter(sep=''))
+  left.set_yticks(y, [short(n.removesuffix('/kernel'), 40) for n in names])
   left.set_ylim(len(names) - 0.4, -0.6)
   left.set_xlabel('weights: kept ●, before pruning ○', fontsize=10, color=INK)
   percent = 100 * kept / np.maximum(size, 1)
@@ -64,6 +68,7 @@ class Histogram(NamedTuple):
   counts: Sequence[float]
 
 
+@picture
 def histograms(panels: Mapping[str, Sequence[Histogram]]) -> Figure:
   """Counts on a logarithmic axis, a panel for each quantity."""
   size = (4.4 * max(len(panels), 1), 3.8)
@@ -79,13 +84,14 @@ def histograms(panels: Mapping[str, Sequence[Histogram]]) -> Figure:
         color=colour,
         linewidth=width,
         linestyle=dashes,
-        label=histogram.name,
+        label=short(histogram.name, 40),
       )
     ax.set_yscale('log')
+    ax.yaxis.set_major_formatter(EngFormatter(sep=''))
     # Room for the legend above the highest bar.
     ax.set_ylim(0.7, 12 * max((max(h.counts) for h in drawn), default=1))
     tidy(ax)
-    ax.set_xlabel(label, fontsize=10, color=INK)
+    ax.set_xlabel(short(label, 50), fontsize=10, color=INK)
     ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc='upper right')
   axes[0].set_ylabel('weights', fontsize=10, color=INK)
   return figure

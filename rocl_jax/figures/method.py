@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import BLUE, GREEN, INK, MUTED
 
 
+@picture
 def overview(stages: Sequence[tuple[str, str, str, str]]) -> Figure:
   """The method at a glance: a box for each stage, left to right.
 
@@ -52,7 +54,7 @@ def overview(stages: Sequence[tuple[str, str, str, str]]) -> Figure:
     x = left + 0.16
     title = {'fontsize': 14, 'fontweight': 'bold'}
     write(x, 0.24, [f'{i + 1}'], color=BLUE, **title)
-    write(x + 0.22, 0.24, [stage[0]], color=INK, **title)
+    write(x + 0.22, 0.24, [short(stage[0], 14)], color=INK, **title)
     write(x, tops[0], text[0], fontsize=11, color=INK)
     rows = (('trains', GREEN), ('fixed', MUTED))
     for (label, colour), lines, y in zip(rows, text[1:], tops[1:], strict=True):

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import (
   BLUE,
   DASHED,
@@ -49,6 +50,7 @@ class SecurityCurve(NamedTuple):
   by_steps: tuple[Sequence[float], Sequence[float]]
 
 
+@picture
 def security(models: Sequence[SecurityCurve], title: str) -> Figure:
   """Accuracy against the radius, and against the number of steps."""
   colours = run_colours([model.run for model in models])
@@ -90,9 +92,9 @@ def security(models: Sequence[SecurityCurve], title: str) -> Figure:
     right.set_xticks([])
     note(right, 'not measured')
   handles = [Line2D([], [], **style) for style in styles]
-  labels = [model.label for model in models]
+  labels = [short(model.label, 44) for model in models]
   legend(figure, handles, labels, 'outside lower center')
-  figure.suptitle(title, fontsize=11, color=INK)
+  figure.suptitle(short(title, 80), fontsize=11, color=INK)
   return figure
 
 
@@ -140,6 +142,7 @@ CONFUSION_COLOURS = (
 )
 
 
+@picture
 def confusion(
   counts: np.ndarray,
   class_names: Sequence[str],
@@ -174,7 +177,7 @@ def confusion(
           fontsize=8.5 if counts.max() < 1000 else 7,
           color='white' if depth[i, j] > 0.75 else INK,
         )
-    names = [x if len(x) <= 16 else f'{x[:15]}…' for x in class_names]
+    names = [short(name, 16) for name in class_names]
     ax.set_xticks(range(size), names)
     if longest > 3:
       slanted = {'rotation': 45, 'ha': 'right', 'rotation_mode': 'anchor'}
@@ -190,10 +193,12 @@ def confusion(
   kind = 'class' if numbers else 'class number'
   ax.set_xlabel(f'predicted {kind}', fontsize=10, color=INK)
   ax.set_ylabel(f'true {kind}', fontsize=10, color=INK)
+  title = _wrapped(title, int(13 * figure.get_figwidth()))
   figure.suptitle(title, fontsize=10, color=INK)
   return figure
 
 
+@picture
 def transfer(
   sources: Sequence[str],
   targets: Sequence[str],
@@ -216,7 +221,7 @@ def transfer(
     values[0, j] = clean.get(target, np.nan)
     for i, source in enumerate(sources, 1):
       values[i, j] = cells.get((source, target), (np.nan, False))[0]
-  names = ['\n'.join(textwrap.wrap(name, 16)) for name in targets]
+  names = [_wrapped(name, 16) for name in targets]
   size = (max(2.6 + 1.15 * len(targets), 5.4), 1.8 + 0.5 * len(rows))
   figure = Figure(figsize=size, layout='constrained')
   ax = figure.subplots()
@@ -243,11 +248,17 @@ def transfer(
       ax.add_patch(frame)
   ax.axhline(0.5, color='white', linewidth=4)
   ax.set_xticks(range(len(targets)), names)
-  ax.set_yticks(range(len(rows)), rows)
+  ax.set_yticks(range(len(rows)), [short(name, 40) for name in rows])
   tidy(ax, grid='')
   ax.spines[:].set_visible(False)
   ax.tick_params(length=0, labelcolor=INK, labelsize=9.5)
   ax.set_xlabel('scored on (framed: white box)', fontsize=10, color=INK)
   ax.set_ylabel('made on', fontsize=10, color=INK)
-  figure.suptitle(f'Top-1 accuracy, %\n{title}', fontsize=10, color=INK)
+  figure.suptitle(
+    f'Top-1 accuracy, %\n{short(title, 70)}', fontsize=10, color=INK
+  )
   return figure
+
+
+def _wrapped(text: str, width: int) -> str:
+  return '\n'.join(textwrap.wrap(short(text, 4 * width), width))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from rocl_jax.figures.names import picture, short
 from rocl_jax.figures.style import (
   BLUE,
   DASHED,
@@ -32,6 +33,7 @@ class Curve(NamedTuple):
   robust: Sequence[float]
 
 
+@picture
 def curves(
   stages: Mapping[str, Sequence[Curve]], split: str = 'validation'
 ) -> Figure:
@@ -66,7 +68,7 @@ def curves(
       if bottom is not None:
         line(bottom, curve.x, curve.clean, markerfacecolor='white', **style)
         line(bottom, curve.x, curve.robust, linestyle=DASHED, **style)
-    top.set_title(stage, fontsize=11, color=INK, fontweight='bold')
+    top.set_title(short(stage, 26), fontsize=11, color=INK, fontweight='bold')
     tidy(top)
     whole_epochs(top)
     if column == 0:
@@ -91,7 +93,7 @@ def curves(
     Line2D([], [], color=colours[run], linewidth=2.2 if i == 0 else 1.4)
     for i, run in enumerate(dict.fromkeys(runs))
   ]
-  labels = list(dict.fromkeys(runs))
+  labels = [short(run, 30) for run in dict.fromkeys(runs)]
   if rows == 2:
     for dashes, face in (('-', 'white'), (DASHED, MUTED)):
       handle = Line2D([], [], color=MUTED, linewidth=1.4)
@@ -103,6 +105,7 @@ def curves(
   return figure
 
 
+@picture
 def against_published(
   stages: Mapping[str, tuple[Curve, Curve]], split: str, published_title: str
 ) -> Figure:
@@ -129,7 +132,7 @@ def against_published(
     right.spines['right'].set(visible=True, color='#B0B0B0')
     top.tick_params(axis='y', labelcolor=BLUE)
     right.tick_params(axis='y', labelcolor='#A86F00')
-    top.set_title(stage, fontsize=11, color=INK, fontweight='bold')
+    top.set_title(short(stage, 26), fontsize=11, color=INK, fontweight='bold')
     if column == 0:
       top.set_ylabel('loss, this run', fontsize=10, color=BLUE)
     if column == last:

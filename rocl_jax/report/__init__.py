@@ -13,9 +13,12 @@ tables.
 """
 
 import contextlib
+import shlex
+import sys
 from pathlib import Path
 
 from rocl_jax import mirror
+from rocl_jax.figures import printable
 from rocl_jax.report import (
   about,
   findings,
@@ -26,19 +29,22 @@ from rocl_jax.report import (
   tables,
   training,
 )
-from rocl_jax.report.reading import FILES, Workdir, load_results
+from rocl_jax.report.reading import FILES, Workdir
+from rocl_jax.report.records import Record
 from rocl_jax.report.reproduction import Reproduction, seed_folders
 from rocl_jax.report.tables import (
   evaluation_table,
   terminal_table,
   transfer_table,
 )
-from rocl_jax.report.text import Writer
+from rocl_jax.report.text import Writer, cause, terminal
 
 __all__ = [
+  'attempt',
   'evaluation_table',
   'opened',
   'summary',
+  'terminal',
   'terminal_table',
   'transfer_table',
   'write',
@@ -53,15 +59,37 @@ def opened(workdir: str) -> contextlib.AbstractContextManager[str]:
 
 
 def write(workdir: str) -> str:
-  """Writes `report.md`, `report.html` and pictures; the path of the first."""
+  """Writes `report.md`, `report.html` and pictures; the path of the first.
+
+  What can't be read, measured or drawn costs its own part, and a line says so.
+
+  Raises:
+    UserError: there is nothing to report, or a report can't be put there.
+    OSError: it can't be written.
+  """
   path = Path(workdir)
   folders = seed_folders(path)
   if not folders:
-    return _write_run(path)
-  found = Reproduction(path)  # a broken file is told before anything is done
-  for folder in folders:
-    _write_run(folder)
+    return _write_run(Workdir(path))
+  found = Reproduction(path)
+  for work in found.seeds.values():
+    _write_run(work)
   return _write_reproduction(found)
+
+
+def attempt(workdir: str) -> str:
+  """As `write`, for the end of a run, which no report is to cost: a warning,
+  and '' for the path, where it fails. A URL is read and written, too."""
+  try:
+    with opened(workdir) as folder:
+      return write(folder).replace(folder, workdir)
+  except Exception as error:
+    again = f'python -m rocl_jax.report {shlex.quote(workdir)}'
+    print(
+      printable(f'warning: no report: {cause(error)}; to make it: {again}'),
+      file=sys.stderr,
+    )
+    return ''
 
 
 def summary(workdir: str) -> str:
@@ -69,43 +97,49 @@ def summary(workdir: str) -> str:
   path = Path(workdir)
   if seed_folders(path):
     return paper.terminal_table(Reproduction(path))
-  return terminal_table(load_results(path))
+  return terminal_table(Workdir(path).records)
 
 
-def _write_run(path: Path) -> str:
-  work = Workdir(path)
+def _write_run(work: Workdir) -> str:
   out = Writer(work.path)
-  tables.introduction(out, work)
-  shown = tables.main_results(out, work)
-  shown += tables.selections(out, work)
-  robustness.ensembles(out, work)
-  robustness.audit(out, work)
-  robustness.classes(out, work)
-  robustness.transfer(out, work)
-  robustness.corruptions(out, work)
-  training.curves(out, work)
-  training.against_published(out, work)
-  training.examples(out, work)
-  training.density(out, work)
-  tables.others(out, work, shown)
-  tables.protocol(out, work)
-  return out.save()
+  shown: list[Record] = []
+  for section in (tables.introduction, tables.main_results, tables.selections):
+    shown += out.section(section, work) or []
+  for section in (
+    robustness.ensembles,
+    robustness.audit,
+    robustness.classes,
+    robustness.transfer,
+    robustness.corruptions,
+    training.recipes,
+    training.curves,
+    training.against_published,
+    training.examples,
+    training.density,
+  ):
+    out.section(section, work)
+  out.section(tables.others, work, shown)
+  out.section(tables.protocol, work)
+  return out.save(work.problems)
 
 
 def _write_reproduction(found: Reproduction) -> str:
   out = Writer(found.path)
-  about.introduction(out, found)
-  paper.tables(out, found)
-  orderings.section(out, found)
-  findings.section(out, found)
-  paper.selections(out, found)
-  paper.attacks(out, found)
-  paper.baselines(out, found)
-  pictures.by_stage(out, found)
-  pictures.against_sparsity(out, found)
-  pictures.curves(out, found)
-  training.density(out, found.first)
-  pictures.histograms(out, found)
-  tables.protocol(out, found.first)
-  about.commands(out, found)
-  return out.save()
+  for section in (
+    about.introduction,
+    paper.tables,
+    orderings.section,
+    findings.section,
+    paper.selections,
+    paper.attacks,
+    paper.baselines,
+    pictures.by_stage,
+    pictures.against_sparsity,
+    pictures.curves,
+  ):
+    out.section(section, found)
+  out.section(training.density, found.first)
+  out.section(pictures.histograms, found)
+  out.section(tables.protocol, found.first)
+  out.section(about.commands, found)
+  return out.save(found.problems)

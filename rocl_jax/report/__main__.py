@@ -6,7 +6,7 @@ def main(arguments: list[str]) -> None:
   with report.opened(workdir) as folder:
     path = report.write(folder).replace(folder, workdir)
     print(report.summary(folder))
-  print(f'\nReport, curves and pictures: {path}')
+  print(report.terminal(f'\nReport, curves and pictures: {path}'))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,16 @@ from typing import Any
 from rocl_jax import published
 from rocl_jax.report.records import Record
 from rocl_jax.report.reproduction import SURROGATE, Model, Reproduction
-from rocl_jax.report.text import Writer, dataset_text, number, plain, table
+from rocl_jax.report.text import (
+  Writer,
+  code,
+  dataset_text,
+  md,
+  number,
+  plain,
+  printable,
+  table,
+)
 
 # What the paper's tables are about, and how few images still count as as many.
 _WIDTH, _IMAGES, _FEWEST = 64, 50_000, 45_000
@@ -34,14 +43,14 @@ def introduction(out: Writer, found: Reproduction) -> None:
   spread = '; numbers are mean ± standard deviation over them'
   preset = _preset(_words(found))
   lines = [
-    f'Data set: {names}; {_count(trained)} training images an epoch, '
+    f'Data set: {md(names)}; {_count(trained)} training images an epoch, '
     f'{_count(held_out)} held out, {_tested(records)} test images',
-    f'Network: {plain(network.get("name"))}, width '
-    f'{plain(network.get("width"))}{"".join(sizes)}',
-    f'Seeds: {", ".join(seeds)}{spread if len(seeds) > 1 else ""}',
-    f'Preset: {f"`{preset}`" if preset else "not recorded"}; every field is in '
+    f'Network: {md(plain(network.get("name")))}, width '
+    f'{md(plain(network.get("width")))}{"".join(sizes)}',
+    f'Seeds: {md(", ".join(seeds))}{spread if len(seeds) > 1 else ""}',
+    f'Preset: {code(preset) if preset else "not recorded"}; every field is in '
     'the `config.json` of each seed',
-    *(f'Made with: {text}' for text in _versions(found)),
+    *(f'Made with: {md(text)}' for text in _versions(found)),
   ]
   out.text(
     '# Reproduction of “Making Neural Networks Robust in Resource Constrained '
@@ -52,7 +61,7 @@ def introduction(out: Writer, found: Reproduction) -> None:
   )
   differs = []
   if network.get('width') != _WIDTH:
-    differs.append(f'width {plain(network.get("width"))}, not {_WIDTH}')
+    differs.append(f'width {md(plain(network.get("width")))}, not {_WIDTH}')
   if trained is None or trained < _FEWEST:
     differs.append(f'{_count(trained)} training images, not {_IMAGES:,}')
   if work.datasets() != ['cifar10']:
@@ -142,7 +151,7 @@ def commands(out: Writer, found: Reproduction) -> None:
     path = Path(words[0])
     package = path.parent.name if path.stem == '__main__' else path.stem
     start = 'train.py' if package == 'train' else f'-m rocl_jax.{package}'
-    made = f'python {start} {shlex.join(words[1:])}'.rstrip()
+    made = printable(f'python {start} {shlex.join(words[1:])}'.rstrip())
     parts.append(f'The folder was last written by\n\n```\n{made}\n```')
   overrides = shlex.join(w for w in words if w.startswith('--config.'))
   overrides = f' {overrides}' if overrides else ''
@@ -170,7 +179,7 @@ def commands(out: Writer, found: Reproduction) -> None:
     *parts,
     "Everything again; one row; one model under the paper's attacks, under "
     'AutoAttack, and under transfer with and without its mask; this report:',
-    '\n'.join(['```', *again, '```']),
+    '\n'.join(['```', *map(printable, again), '```']),
     f'Rows beside `table2_ours`: {", ".join(others)}.',
   )
 

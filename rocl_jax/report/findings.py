@@ -13,7 +13,7 @@ from rocl_jax.report.reproduction import (
   sizes,
   value,
 )
-from rocl_jax.report.text import Writer, number, plain
+from rocl_jax.report.text import Writer, code, md, number, plain
 
 
 def section(out: Writer, found: Reproduction) -> None:
@@ -40,7 +40,7 @@ def _loss(found: Reproduction) -> str:
     'adversarial images; the published code trains with TRADES, cross-entropy '
     'plus 6 times a Kullback–Leibler divergence. The first logged loss of a '
     'network from scratch is 2.41, near log 10 = 2.30; seven cross-entropies '
-    f'would be about 16. Here `supervised` trains with `{here}`; Eq. 5 is '
+    f'would be about 16. Here `supervised` trains with {code(here)}; Eq. 5 is '
     '`--config.supervised.loss=ce_pgd`.'
   )
 
@@ -110,10 +110,11 @@ def _pretraining(found: Reproduction) -> str:
     'of them. Baseline 1, Baseline 1 + Baseline 2 and our method without '
     'adversarial training started from another one, by its name with the '
     'attack of the text, whose log was not published. The code has plain SGD '
-    f'in the place of LARS. Here `{found.main_run}` had '
-    f'{plain(section.get("total_epochs"))} epochs against '
-    f'{plain(attack.get("eps"))}, steps of {plain(attack.get("step_size"))}, '
-    f'{plain(attack.get("steps"))} of them.'
+    f'in the place of LARS. Here {code(found.main_run)} had '
+    f'{md(plain(section.get("total_epochs")))} epochs against '
+    f'{md(plain(attack.get("eps")))}, steps of '
+    f'{md(plain(attack.get("step_size")))}, '
+    f'{md(plain(attack.get("steps")))} of them.'
   )
 
 
@@ -127,7 +128,7 @@ def _epochs(found: Reproduction) -> str:
       counts.append(
         epochs if model.stage == stage else f'{epochs} of {model.stage}'
       )
-    here.append(f'`{run}` {"/".join(counts)}')
+    here.append(f'`{run}` {md("/".join(counts))}')
   return (
     'The text gives 25 epochs to each stage. The logs show 20/20/20 for '
     'Baseline 2, 25/25/25 for our method, and 3/25/25 for Baseline 1 + '
@@ -143,7 +144,7 @@ def _radius(found: Reproduction) -> str:
   return (
     'The text attacks with 8/255 = 0.0314 and steps of 2/255; the logged runs '
     'of training and evaluation with 0.031 and 0.0078, RoCL with 0.0314. '
-    f'Here evaluations are at {here}.'
+    f'Here evaluations are at {md(here)}.'
   )
 
 
@@ -180,7 +181,7 @@ def _natural(found: Reproduction) -> str:
     loss = plain(found.section(model.run, model.stage).get('loss'))
     seeds = len(found.seeds)
     text += (
-      f' Here that stage is `{loss}`: {clean.text(seeds)} clean, '
+      f' Here that stage is {code(loss)}: {clean.text(seeds)} clean, '
       f'{robust.text(seeds)} robust.'
     )
   return text

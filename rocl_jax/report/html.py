@@ -1,6 +1,7 @@
 """A report as one HTML file: readable anywhere, nothing is loaded."""
 
 import base64
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def page(markdown: str, folder: Path) -> str:
 
 
 def _embedded(path: Path) -> str:
-  data = base64.b64encode(path.read_bytes()).decode('ascii')
+  try:
+    data = base64.b64encode(path.read_bytes()).decode('ascii')
+  except OSError:  # the text around it is worth having
+    return path.name
   return f'data:image/png;base64,{data}'
 
 
@@ -63,5 +67,5 @@ def _title(tokens: list[Any]) -> str:
   """The text of the first heading."""
   for before, token in zip(tokens, tokens[1:], strict=False):
     if before.type == 'heading_open':
-      return str(token.content).replace('&', '&amp;').replace('<', '&lt;')
+      return escape(''.join(child.content for child in token.children))
   return 'Report'

@@ -13,7 +13,7 @@ from rocl_jax.report.reproduction import (
   rows_of,
   value,
 )
-from rocl_jax.report.text import Writer, number, table
+from rocl_jax.report.text import Writer, md, number, table
 
 SHOWN, OPPOSITE, NOISE = 'shown', 'not shown (opposite)', 'within noise'
 GUESSES = 'at chance level'
@@ -213,7 +213,7 @@ def section(out: Writer, found: Reproduction) -> None:
     told = '; '.join(missing[:_NAMED])
     more = len(missing) - _NAMED
     out.text(
-      f'Not tested, for want of a measurement: {told}'
+      f'Not tested, for want of a measurement: {md(told)}'
       + (f'; and {more} more.' if more > 0 else '.')
     )
 

@@ -20,6 +20,7 @@ from rocl_jax.report.text import (
   Writer,
   aligned,
   attack_text,
+  md,
   number,
   plain,
   sparsity,
@@ -57,7 +58,7 @@ def tables(out: Writer, found: Reproduction) -> None:
     "it with the log first. The paper's robust accuracy is under PGD-10, but "
     "for Baseline 1, whose is under PGD-20; the difference is to the row's own "
     'attack.',
-    '\n'.join(f'- {line}' for line in _protocols(found)),
+    '\n'.join(f'- {md(line)}' for line in _protocols(found)),
   )
   left_out = []
   for table_number in published.TABLES:
@@ -149,7 +150,7 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
 
 def _notes(out: Writer, title: str, lines: list[str]) -> None:
   if lines:
-    out.text(f'{title}: {"; ".join(lines)}.')
+    out.text(f'{title}: {md("; ".join(lines))}.')
 
 
 def minus(here: Value, there: float | None) -> str:

@@ -18,7 +18,7 @@ from rocl_jax.report.reproduction import (
   value,
 )
 from rocl_jax.report.size import packed
-from rocl_jax.report.text import Writer, number, table
+from rocl_jax.report.text import Writer, md, number, table
 
 # What each line starts from, unpruned.
 _DENSE = {
@@ -89,9 +89,10 @@ def against_sparsity(out: Writer, found: Reproduction) -> None:
     out.picture(
       'sparsity',
       'Clean and robust accuracy against sparsity',
-      figures.against(
-        by_sparsity, 'weights removed', [f'{p} %' for p in places]
-      ),
+      figures.against,
+      by_sparsity,
+      'weights removed',
+      [f'{p} %' for p in places],
     )
   if by_size:
     out.text(
@@ -104,7 +105,9 @@ def against_sparsity(out: Writer, found: Reproduction) -> None:
     out.picture(
       'size',
       'Clean and robust accuracy against the size of a file',
-      figures.against(by_size, 'bytes, on a logarithmic scale'),
+      figures.against,
+      by_size,
+      'bytes, on a logarithmic scale',
     )
     header = ['method', 'model', 'bytes', 'clean', 'PGD-10']
     out.text(table(header, rows, 2))
@@ -131,7 +134,8 @@ def by_stage(out: Writer, found: Reproduction) -> None:
   out.picture(
     'figure2',
     'Clean and robust accuracy of each method by stage',
-    figures.by_stage(rows),
+    figures.by_stage,
+    rows,
   )
 
 
@@ -157,16 +161,17 @@ def histograms(out: Writer, found: Reproduction) -> None:
     )
     return
   out.text(
-    f'Run {found.main_run} of {found.first.path.name}, all layers together. '
-    'Scores are divided by √(6 / fan-in), what the largest of a layer starts '
-    'at. Pruning leaves the weights as they are and chooses among them; '
-    'fine-tuning moves the chosen. The outermost ten-thousandth at each end is '
-    'not shown.',
+    f'Run {md(found.main_run)} of {found.first.path.name}, all layers '
+    'together. Scores are divided by √(6 / fan-in), what the largest of a '
+    'layer starts at. Pruning leaves the weights as they are and chooses among '
+    'them; fine-tuning moves the chosen. The outermost ten-thousandth at each '
+    'end is not shown.',
   )
   out.picture(
     'histograms',
     'Histograms of scores and weights',
-    figures.histograms(panels),
+    figures.histograms,
+    panels,
   )
 
 
@@ -185,7 +190,7 @@ def _keep(found: Reproduction, panels: _Panels) -> None:
 
 def _kept(found: Reproduction) -> _Panels:
   path, model = _histograms_file(found)
-  known = read_histograms(path) if path.exists() else {}
+  known = found.first.read(path, read_histograms, {})
   if known.get('model') != model:
     return {}
   return {

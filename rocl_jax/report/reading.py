@@ -11,11 +11,14 @@ from rocl_jax.errors import UserError
 from rocl_jax.files import check_record
 from rocl_jax.report.records import (
   ACCURACIES,
-  IDENTITY,
+  Key,
   Record,
+  apart,
   find_headline,
+  key_of,
   main_split,
   merge,
+  newest,
   runs_in_order,
   stage_order,
 )
@@ -106,9 +109,10 @@ def _read_results(path: Path) -> list[Record]:
     _require(where, record, MODEL)
     names = ('attack', 'norm', 'corruption')
     _require(where, record, dict.fromkeys(names, (str, type(None))))
-    numbers = ('eps', 'n', 'sparsity', 'parameters')
+    numbers = ('eps', 'n', 'sparsity', 'parameters', 'invalid', 'clean_invalid')
     _require(where, record, dict.fromkeys(numbers, NUMBER_OR_NOT))
     _require(where, record, {'everyone': (bool, type(None))})
+    _require(where, record, {'fingerprint': (str, type(None))})
     _require(where, record, {'config': (dict, type(None))})
     for key in ACCURACIES:
       x = record.get(key)
@@ -140,16 +144,20 @@ def _check_classes(where: str, record: Record) -> None:
   if table is not None:
     keys = ('n', 'clean_top1', 'robust_top1')
     _require(f'{where}: per_class', table, dict.fromkeys(keys, list))
-    for key in keys:
-      if not all(isinstance(x, NUMBER_OR_NOT) for x in table[key]):
+    for key in (*keys, 'clean_predicted', 'robust_predicted'):
+      values = table.get(key)
+      if values is None and key not in keys:  # an earlier version's record
+        continue
+      kinds: tuple = NUMBER if key[-1] == 'd' else NUMBER_OR_NOT
+      if not isinstance(values, list) or not _all_are(values, kinds):
         raise UserError(f'{where}: per_class.{key}: expected numbers')
-      sizes[f'per_class.{key}'] = len(table[key])
+      sizes[f'per_class.{key}'] = len(values)
   counts = record.get('confusion')
   if counts is not None:
     if not isinstance(counts, list) or not all(
       isinstance(row, list)
       and len(row) == len(counts)
-      and all(isinstance(x, NUMBER) for x in row)
+      and _all_are(row, NUMBER)
       for row in counts
     ):
       raise UserError(f'{where}: confusion: expected K rows of K counts')
@@ -157,6 +165,23 @@ def _check_classes(where: str, record: Record) -> None:
   if len(set(sizes.values())) > 1:
     found = ', '.join(f'{key} {size}' for key, size in sizes.items())
     raise UserError(f'{where}: different numbers of classes: {found}')
+  pairs = record.get('confused')
+  if pairs is not None:
+    most = max(sizes.values(), default=_MOST_WEIGHTS)
+    if not isinstance(pairs, list) or not all(
+      isinstance(pair, list)
+      and len(pair) == 3
+      and all(type(x) is int and x >= 0 for x in pair)
+      and max(pair[:2]) < most
+      for pair in pairs
+    ):
+      raise UserError(
+        f'{where}: confused: expected a list of [label, class, count]'
+      )
+
+
+def _all_are(values: list, kinds: tuple) -> bool:
+  return {type(x) for x in values} <= {*kinds}
 
 
 def _read_audit(path: Path) -> list[Record]:
@@ -166,7 +191,8 @@ def _read_audit(path: Path) -> list[Record]:
   for i, audit in enumerate(audits):
     where = f'{path}: audit {i}'
     _require(where, audit, MODEL | {'attack': str, 'n': int})
-    _require(where, audit, {'eps': NUMBER_OR_NOT, 'norm': (str, type(None))})
+    texts = dict.fromkeys(('norm', 'fingerprint'), (str, type(None)))
+    _require(where, audit, texts | {'eps': NUMBER_OR_NOT})
     check = {'check': str, 'passed': bool}
     _require_list(f'{where}: checks', audit.get('checks', []), check, 'check')
     curves = audit.get('curves', {})
@@ -308,28 +334,21 @@ def _stage_folders(folder: Path) -> dict[str, Path]:
   return {stage: path for _, stage, path in sorted(found)}
 
 
-def _load(
-  workdir: Path,
-  name: str,
-  read: Callable[[Path], list[Record]],
-  identity: Sequence[str],
-) -> list[Record]:
-  """What all files of a name hold, the newest file's where two agree."""
-  files = sorted(
-    workdir.rglob(name), key=lambda p: (p.stat().st_mtime_ns, str(p))
-  )
-  return merge((read(path) for path in files), identity)
-
-
-def load_results(workdir: Path) -> list[Record]:
-  return _load(workdir, 'results.json', _read_results, IDENTITY)
+def _found(workdir: Path, name: str) -> list[Path]:
+  """All files of a name, the oldest first."""
+  files = [path for path in workdir.rglob(name) if path.is_file()]
+  return sorted(files, key=lambda p: (p.stat().st_mtime_ns, str(p)))
 
 
 class Workdir:
   """What was found below a work directory.
 
+  What can't be read is left out, and said in `problems`.
+
   Attributes:
     records, audits, transfers: what was measured, from all files together.
+    superseded: records of weights that no longer count, see `records.apart`.
+    problems: a line for each file that was left out so far.
     config: the run's, or {}.
     runs: their names, the main one first.
     folders: {run: {stage: folder}}, in order.
@@ -340,15 +359,13 @@ class Workdir:
 
   def __init__(self, path: Path) -> None:
     self.path = path
+    self.problems: list[str] = []
+    self._known: dict[Path, Any] = {}
     if not path.is_dir():
       raise UserError(f'{path}: no such folder')
-    self.records = load_results(path)
-    self.split = main_split(self.records)
-    self.headline = find_headline(self.records, self.split)
-    config = path / 'config.json'
-    self.config = _read_object(config) if config.is_file() else {}
-    run = path / 'run.json'
-    command = _read_object(run).get('command') if run.is_file() else None
+    config = self.read(path / 'config.json', _read_object, {})
+    self.config: Record = config
+    command = self.read(path / 'run.json', _read_object, {}).get('command')
     self.command = command if isinstance(command, str) else ''
     main = _stage_folders(path)
     others = {
@@ -358,48 +375,102 @@ class Workdir:
       and not STAGE_FOLDER.fullmatch(folder.name)
       and (stages := _stage_folders(folder))
     }
+    records = self._all('results.json', _read_results)
+    last, there = newest(records), self._weights([main, *others.values()])
+    self.records, self.superseded = apart(merge([records]), last, there)
+    self.split = main_split(self.records)
+    self.headline = find_headline(self.records, self.split)
     self.main_run = self._main_run(main, others)
     # The main run comes first in every table and picture.
     self.folders = {self.main_run: main} | others
     self.runs = list(
       dict.fromkeys([*self.folders, *runs_in_order(self.records)])
     )
-    audits = _load(path, 'audit.json', _read_audit, IDENTITY)
+    found = self._all('audit.json', _read_audit)
+    audits, _ = apart(merge([found]), newest(found) | last, there)
     self.audits = sorted(audits, key=self._place)
-    self.transfers = _load(
-      path, 'transfer.json', _read_transfers, TRANSFER_IDENTITY
+    self.transfers = merge(
+      [self._all('transfer.json', _read_transfers)], TRANSFER_IDENTITY
     )
     measured = self.records or self.audits or self.transfers
     if not (measured or self.config or main or others):
       raise UserError(
-        f'{path}: nothing to report; looked for results.json, audit.json and '
-        'transfer.json (at any depth), config.json, and stage folders such as '
-        '1_pretrain and natural/1_supervised'
+        self.problems[0]
+        if self.problems
+        else f'{path}: nothing to report; looked for results.json, audit.json '
+        'and transfer.json (at any depth), config.json, and stage folders such '
+        'as 1_pretrain and natural/1_supervised'
       )
+
+  def read(self, path: Path, read: Callable[[Path], Any], empty: Any) -> Any:
+    """What a file holds; `empty` where there is none, or it is damaged."""
+    if path not in self._known:
+      self._known[path] = empty
+      try:
+        if path.is_file():
+          self._known[path] = read(path)
+      except UserError as error:
+        self.problems.append(' '.join(str(error).split()))
+      except OSError as error:
+        self.problems.append(f'{path}: {error.strerror}')
+    return self._known[path]
+
+  def _all(self, name: str, read: Callable[[Path], list]) -> list[Record]:
+    """What all files of a name hold together, the newest last."""
+    files = _found(self.path, name)
+    return [record for file in files for record in self.read(file, read, [])]
+
+  def _weights(
+    self, stages: Sequence[Mapping[str, Path]]
+  ) -> dict[Key, dict[str, str]]:
+    """Of each model, the fingerprints in its stage's folder, or else in any.
+
+    Each has a name, the folder's.
+    """
+    own = {folder for found in stages for folder in found.values()}
+    homes: dict[Key, dict[str, str]] = {}
+    others: dict[Key, dict[str, str]] = {}
+    for file in _found(self.path, 'model.json'):
+      model = self.read(file, _read_model, {})
+      fields = ('run', 'stage', 'fingerprint')
+      if all(isinstance(model.get(field), str) for field in fields):
+        model.setdefault('selection', 'last')
+        folder = file.parent
+        folder = folder.parent if folder.name == 'model' else folder
+        home = folder in own or folder.parent in own
+        name = folder.relative_to(self.path).as_posix()
+        known = (homes if home else others).setdefault(key_of(model), {})
+        known[model['fingerprint']] = name
+    return others | homes
 
   def _main_run(
     self, main: Mapping[str, Path], others: Mapping[str, Any]
   ) -> str:
     for folder in main.values():
-      for name in ('model/model.json', 'examples.json'):
-        if (folder / name).is_file():
-          run = _read_object(folder / name).get('run')
-          if isinstance(run, str):
-            return run
+      for name, read in (
+        ('model/model.json', _read_model),
+        ('examples.json', _read_examples),
+      ):
+        run = self.read(folder / name, read, {}).get('run')
+        if isinstance(run, str):
+          return run
     recorded = [r for r in runs_in_order(self.records) if r not in others]
     return recorded[0] if recorded else 'ours'
 
   def metrics(self, run: str, stage: str) -> list[Record]:
-    path = self._file(run, stage, 'metrics.jsonl')
-    return _read_metrics(path) if path else []
+    return self._of_stage(run, stage, 'metrics.jsonl', _read_metrics, [])
 
   def model(self, run: str, stage: str) -> Record:
-    path = self._file(run, stage, 'model/model.json')
-    return _read_model(path) if path else {}
+    return self._of_stage(run, stage, 'model/model.json', _read_model, {})
 
   def examples(self, run: str, stage: str) -> Record:
-    path = self._file(run, stage, 'examples.json')
-    return _read_examples(path) if path else {}
+    return self._of_stage(run, stage, 'examples.json', _read_examples, {})
+
+  def _of_stage(
+    self, run: str, stage: str, name: str, read: Callable, empty: Any
+  ) -> Any:
+    folder = self.folders.get(run, {}).get(stage)
+    return self.read(folder / name, read, empty) if folder else empty
 
   def models(self) -> Iterator[Record]:
     """What is said of each model, the last stage of the main run first."""
@@ -408,6 +479,13 @@ class Workdir:
         if model := self.model(run, stage):
           yield model
 
+  def config_of(self, run: str) -> Mapping[str, Any]:
+    """What a run was asked for, or {}."""
+    said: list[Any] = [self.config] if run == self.main_run else []
+    said += [r.get('config') for r in self.records if r['run'] == run]
+    said += [self.model(run, s).get('config') for s in self.stages(run)]
+    return next((x for x in said if x and isinstance(x, Mapping)), {})
+
   def datasets(self) -> list[str]:
     names = [r.get('dataset') for r in self.records]
     names += [model.get('dataset') for model in self.models()]
@@ -415,10 +493,6 @@ class Workdir:
       data = self.config.get('data')
       names = [data.get('source') if isinstance(data, Mapping) else None]
     return list(dict.fromkeys(str(name) for name in names if name))
-
-  def _file(self, run: str, stage: str, name: str) -> Path | None:
-    folder = self.folders.get(run, {}).get(stage)
-    return folder / name if folder and (folder / name).is_file() else None
 
   def place(self, run: str, stage: str) -> str:
     """A stage's folder within the work directory."""

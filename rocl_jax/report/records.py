@@ -1,6 +1,6 @@
 """Which records of `results.json` stand for what, and which are compared."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -14,6 +14,7 @@ IDENTITY = (
   'run',
   'stage',
   'selection',
+  'fingerprint',
   'split',
   'attack',
   'eps',
@@ -32,6 +33,49 @@ def merge(
     for record in group:
       merged[tuple(record.get(key) for key in identity)] = record
   return list(merged.values())
+
+
+Key = tuple[str, str, str]  # run, stage, selection
+
+
+def key_of(record: Record) -> Key:
+  return record['run'], record['stage'], record['selection']
+
+
+def newest(records: Iterable[Record]) -> dict[Key, Any]:
+  """The fingerprints of the weights that were measured last."""
+  return {key_of(record): record.get('fingerprint') for record in records}
+
+
+def apart(
+  records: Iterable[Record],
+  last: Mapping[Key, Any],
+  there: Mapping[Key, Mapping[str, str]] = {},
+) -> tuple[list[Record], list[Record]]:
+  """Records of the models that count, and those of other weights.
+
+  Args:
+    records: merged.
+    last: what counts of a model that no folder has, see `newest`.
+    there: of each model in a folder, its fingerprints and a name for each; of
+      several the records get it beside their run's.
+  """
+  records, kept, others = list(records), [], []
+  seen: dict[Key, set] = {}
+  for record in records:
+    seen.setdefault(key_of(record), set()).add(record.get('fingerprint'))
+  for record in records:
+    key, own = key_of(record), record.get('fingerprint')
+    names = there.get(key, {})
+    counts = seen[key] & {*names} if names else {last.get(key)}
+    # Earlier versions' records don't say of which weights they are.
+    if own not in (counts or {None}):
+      others.append(record)
+    elif len(names) > 1 and own:
+      kept.append(record | {'run': f'{record["run"]} ({names[own]})'})
+    else:
+      kept.append(record)
+  return kept, others
 
 
 def runs_in_order(records: Sequence[Record]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rocl_jax import published
+from rocl_jax.errors import UserError
 from rocl_jax.report.reading import Workdir
 from rocl_jax.report.records import Record, find_headline, pick
 from rocl_jax.report.text import column, number, plain
@@ -84,11 +85,20 @@ class Reproduction:
     seeds: the work directories, by the names of their folders.
     first: that of the first seed: configs, curves and layers are its own.
     runs: their names, the main one first.
+    lost: a line for each seed that has nothing to report.
   """
 
   def __init__(self, path: Path) -> None:
     self.path = path
-    self.seeds = {p.name: Workdir(p) for p in seed_folders(path)}
+    self.seeds: dict[str, Workdir] = {}
+    self.lost: list[str] = []
+    for folder in seed_folders(path):
+      try:
+        self.seeds[folder.name] = Workdir(folder)
+      except UserError as error:
+        self.lost.append(str(error))
+    if not self.seeds:
+      raise UserError(self.lost[0])
     self.first = next(iter(self.seeds.values()))
     self.main_run = self.first.main_run
     runs = [run for work in self.seeds.values() for run in work.runs]
@@ -101,18 +111,9 @@ class Reproduction:
   def config(self, run: str) -> Mapping[str, Any]:
     """What a run was asked for, or {}."""
     if run not in self._configs:
-      self._configs[run] = next(
-        filter(None, map(_mapping, self._said(run))), {}
-      )
+      said = (work.config_of(run) for work in self.seeds.values())
+      self._configs[run] = next(filter(None, said), {})
     return self._configs[run]
-
-  def _said(self, run):
-    """Each config that some file has of a run."""
-    for work in self.seeds.values():
-      if run == work.main_run:
-        yield work.config
-      yield from (r.get('config') for r in work.records if r['run'] == run)
-      yield from (work.model(run, s).get('config') for s in work.stages(run))
 
   def section(self, run: str, name: str) -> Mapping[str, Any]:
     return _mapping(self.config(run).get(name))
@@ -214,6 +215,12 @@ class Reproduction:
       if known:
         found[seed] = max(known, key=lambda r: (r['attack'] == 'pgd10', r['n']))
     return found
+
+  @property
+  def problems(self) -> list[str]:
+    """A line for each file or seed that was left out so far."""
+    found = [line for work in self.seeds.values() for line in work.problems]
+    return [*self.lost, *found]
 
   def layers(self, model: Model) -> dict[str, tuple[int, int]]:
     """{path: (size, kept)} of a model's maskable weights, or {}."""

@@ -16,10 +16,13 @@ from rocl_jax.report.records import (
   strongest,
 )
 from rocl_jax.report.text import (
+  Markup,
   Writer,
   attack_text,
+  code,
   column,
   eps_text,
+  md,
   number,
   plain,
   table,
@@ -74,8 +77,8 @@ def ensembles(out: Writer, work: Workdir) -> None:
       rows.append([*_model(r), plain(r.get('n')), clean, *after])
     names = [member['attack'] for member in members]
     out.text(
-      f'{attack_text(group[0])}: top-1 accuracy in percent after each of its '
-      'attacks, which see only the images that withstood all before them. '
+      f'{md(attack_text(group[0]))}: top-1 accuracy in percent after each of '
+      'its attacks, which see only the images that withstood all before them. '
       + _EVERYONE.get(group[0].get('everyone'), ''),
       table([*MODEL, 'n', 'clean', *names], rows, len(MODEL)),
       '\n'.join(f'- {_member(member)}' for member in members),
@@ -94,7 +97,7 @@ def _member(member: Record) -> str:
     texts.append(f'eps {eps_text(member["eps"])}')
   rest = _without(member, *known).items()
   texts += [f'{k.replace("_", " ")} {plain(v)}' for k, v in rest]
-  return f'`{member["attack"]}`: {", ".join(texts)}'
+  return f'{code(member["attack"])}: {md(", ".join(texts))}'
 
 
 # The audit.
@@ -110,7 +113,9 @@ def audit(out: Writer, work: Workdir) -> None:
     'larger radius, more steps and more restarts, and everything in a ball '
     'that is large enough.',
   )
-  _checks(out, work.audits)
+  lines = _checks(work.audits)
+  if lines:
+    out.text('\n'.join(lines))
   groups: dict[tuple, list[Record]] = {}
   for found in work.audits:
     if any(found.get('curves', {}).values()):
@@ -122,10 +127,9 @@ def audit(out: Writer, work: Workdir) -> None:
     out.picture(
       f'security_{i}' if len(groups) > 1 else 'security',
       f'Accuracy under {attack} ({norm}) by radius and by steps',
-      figures.security(
-        [_security_curve(found) for found in group],
-        f'{attack} ({norm}), {images} {split} images',
-      ),
+      figures.security,
+      [_security_curve(found) for found in group],
+      f'{attack} ({norm}), {images} {split} images',
     )
   rows = []
   for found in work.audits:
@@ -137,30 +141,24 @@ def audit(out: Writer, work: Workdir) -> None:
     out.text(table(header, rows, len(header)))
 
 
-def _checks(out: Writer, audits: Sequence[Record]) -> None:
-  """Failed checks in full and first, then what passed, a line a model."""
+def _checks(audits: Sequence[Record]) -> list[str]:
+  """A line a model: how many passed, and which failed, those first."""
   lines = []
   for found in audits:
     checks = found.get('checks', [])
     failed = [check for check in checks if not check['passed']]
-    passed = [check['check'] for check in checks if check['passed']]
+    text = f'{len(checks) - len(failed)} of {len(checks)} checks passed'
     if failed:
-      rows = [
-        [f'✗ **{c["check"]}**', plain(c.get('found')), plain(c.get('wanted'))]
+      named = [
+        f'**{md(c["check"])}** (found: {md(plain(c.get("found")))}; wanted: '
+        f'{md(plain(c.get("wanted")))})'
         for c in failed
       ]
-      out.text(
-        f'**✗ {len(failed)} of {len(checks)} checks failed: '
-        f'{_measured(found)}**',
-        table(['failed check', 'found', 'wanted'], rows, 3),
-      )
-    if passed:
-      lines.append(
-        f'- ✓ {len(passed)} of {len(checks)} checks passed, '
-        f'{_measured(found)}: {"; ".join(passed)}'
-      )
-  if lines:
-    out.text('\n'.join(lines))
+      text = f'**{text}**; failed: {"; ".join(named)}'
+    if checks:
+      mark = '✗' if failed else '✓'
+      lines.append(f'- {mark} {md(_measured(found))}: {text}')
+  return sorted(lines, key=lambda line: line.startswith('- ✓'))
 
 
 def _security_curve(found: Record) -> figures.SecurityCurve:
@@ -193,7 +191,7 @@ def classes(out: Writer, work: Workdir) -> None:
     for r in work.records
     if (r['run'], r['split']) == (work.main_run, work.split)
     and r['selection'] == 'last'
-    and (r.get('per_class') or r.get('confusion'))
+    and any(r.get(key) for key in ('per_class', 'confusion', 'confused'))
   ]
   stages = work.stages(work.main_run)
   last = max((stages.index(r['stage']) for r in known), default=None)
@@ -204,7 +202,7 @@ def classes(out: Writer, work: Workdir) -> None:
   )
   if record is None:
     return
-  out.text('## Class by class', f'{_measured(record)}.')
+  out.text('## Class by class', f'{md(_measured(record))}.')
   if record.get('per_class'):
     _class_table(out, record)
   if record.get('confusion'):
@@ -223,17 +221,27 @@ def classes(out: Writer, work: Workdir) -> None:
     out.picture(
       'confusion',
       f'Confusion matrix, {_measured(record)}',
-      figures.confusion(
-        counts,
-        _class_names(record, len(counts)),
-        _measured(record).replace(': ', '\n'),
-        numbers=len(counts) <= MANY_CLASSES,
+      figures.confusion,
+      counts,
+      _class_names(record, len(counts)),
+      _measured(record),
+      numbers=len(counts) <= MANY_CLASSES,
+    )
+  elif record.get('confused'):
+    pairs = sorted(record['confused'], key=lambda p: -p[2])[:WORST]
+    names = _class_names(record, 1 + max(max(p[:2]) for p in pairs))
+    out.text(
+      f'The {len(pairs)} most frequent confusions:',
+      table(
+        ['class', 'taken for', 'images'],
+        [[names[a], names[b], plain(count)] for a, b, count in pairs],
+        2,
       ),
     )
 
 
 def _class_names(record: Record, count: int) -> list[str]:
-  names = record.get('class_names') or range(count)
+  names = record.get('class_names') or [f'class {k}' for k in range(count)]
   return [str(name) for name in names]
 
 
@@ -241,7 +249,7 @@ def _class_table(out: Writer, record: Record) -> None:
   found = record['per_class']
   count = len(found['n'])
   names = _class_names(record, count)
-  counts = np.array(record.get('confusion') or np.zeros((count, count)), float)
+  wrong = _wrong(record)
   shown = list(range(count))
   if count > MANY_CLASSES:
     key = 'robust_top1' if attacked(record) else 'clean_top1'
@@ -250,12 +258,10 @@ def _class_table(out: Writer, record: Record) -> None:
     out.text(f'The {len(shown)} worst of {count} classes:')
   rows = []
   for k in shown:
-    wrong = counts[k].copy()
-    wrong[k] = 0
     taken = '–'
-    if wrong.any():
-      other = int(wrong.argmax())
-      taken = f'{names[other]} ({100 * wrong[other] / counts[k].sum():.0f} %)'
+    if wrong.get(k) and found['n'][k]:
+      other, images = max(wrong[k].items(), key=lambda pair: pair[1])
+      taken = f'{names[other]} ({100 * images / found["n"][k]:.0f} %)'
     rows.append(
       [
         names[k],
@@ -267,6 +273,20 @@ def _class_table(out: Writer, record: Record) -> None:
     )
   header = ['class', 'n', 'clean top-1', 'robust top-1', 'most often taken for']
   out.text(table(header, rows, 1))
+
+
+def _wrong(record: Record) -> dict[int, dict[int, float]]:
+  """{label: {another class: images}}, as far as it is known."""
+  pairs = record.get('confused')
+  if pairs is None:
+    matrix = np.array(record.get('confusion') or np.zeros((0, 0)), float)
+    np.fill_diagonal(matrix, 0)
+    places = np.argwhere(matrix).tolist()
+    pairs = [(a, b, float(matrix[a, b])) for a, b in places]
+  wrong: dict[int, dict[int, float]] = {}
+  for label, other, images in pairs:
+    wrong.setdefault(label, {})[other] = images
+  return wrong
 
 
 # Transfer.
@@ -300,7 +320,7 @@ def transfer(out: Writer, work: Workdir) -> None:
     measured = (
       f'{attack_text(record)}, {plain(record["n"])} {record["split"]} images'
     )
-    out.text(f'{measured}:')
+    out.text(f'{md(measured)}:')
     rows, cells, clean = [], {}, {}
     for r in group:
       source = sources[r['source_name'], r['source_fingerprint'], True]
@@ -322,9 +342,12 @@ def transfer(out: Writer, work: Workdir) -> None:
       out.picture(
         f'transfer_{i}' if len(groups) > 1 else 'transfer',
         f'Accuracy by source and target, {measured}',
-        figures.transfer(
-          list(sources.values()), list(targets.values()), cells, clean, measured
-        ),
+        figures.transfer,
+        list(sources.values()),
+        list(targets.values()),
+        cells,
+        clean,
+        measured,
       )
     header = ['made on', 'scored on', '', 'clean top-1', 'top-1 on these']
     out.text(table(header, rows, 3))
@@ -375,13 +398,13 @@ def corruptions(out: Writer, work: Workdir) -> None:
     rows = np.vstack([rows, rows.mean(axis=0)])
     run, stage, selection, n, attack = key
     parts += [
-      f'Run {run}, stage {stage}, selection {selection}; attack: {attack}; '
-      f'{n} images of each:',
+      md(f'Run {run}, stage {stage}, selection {selection}; attack: {attack}')
+      + f'; {n} images of each:',
       table(
         ['corruption', *(f'severity {s}' for s in levels), 'mean'],
         [
           [name, *(number(None if np.isnan(x) else x) for x in row.tolist())]
-          for name, row in zip([*names, '**mean**'], rows, strict=True)
+          for name, row in zip([*names, Markup('**mean**')], rows, strict=True)
         ],
         1,
       ),

@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 
 from rocl_jax import figures
+from rocl_jax.figures import printable
 from rocl_jax.report.reading import Workdir
 from rocl_jax.report.records import (
   ACCURACIES,
   Record,
+  apart,
   attack_of,
   attacked,
   corrupted,
   find_headline,
   main_split,
   merge,
+  newest,
   pick,
   runs_in_order,
   stage_order,
@@ -25,15 +28,19 @@ from rocl_jax.report.text import (
   accuracies,
   aligned,
   attack_text,
+  code,
   column,
   dataset_text,
   eps_text,
+  md,
   number,
   plain,
   short_dataset,
   sparsity,
   table,
+  terminal,
 )
+from rocl_jax.report.verdicts import MARK, collapse, marked, notes
 
 RUNS = {
   'ours': 'the full method',
@@ -108,12 +115,45 @@ def _main_row(record: Record, headline: tuple | None) -> list[str]:
     attack = attack_text(record)
   return [
     record['run'],
-    record['stage'],
+    marked(record),
     sparsity(record.get('sparsity')),
     *accuracies(record),
     attack,
     plain(record.get('n')),
   ]
+
+
+def _strong(records: Sequence[Record], record: Record) -> Record | None:
+  """AutoAttack of the same model in the same ball, on the most images."""
+  same = ('run', 'stage', 'selection', 'fingerprint', 'split', 'norm', 'eps')
+  found = [
+    r
+    for r in records
+    if r.get('attack') == 'autoattack'
+    and all(r.get(key) == record.get(key) for key in same)
+  ]
+  return max(found, key=lambda r: r.get('n') or 0, default=None)
+
+
+def _beside(
+  header: Sequence[str],
+  rows: Sequence[list[str]],
+  strong: Sequence[Record | None],
+) -> tuple[list[str], list[list[str]]]:
+  """The main table, with AutoAttack's column where any row has it."""
+  if not any(strong):
+    return list(header), list(rows)
+  place = header.index('attack')
+  n = header.index('n')
+  cells = []
+  for row, record in zip(rows, strong, strict=True):
+    cell = '–'
+    if record:
+      cell = number(record.get('robust_top1'))
+      size = plain(record.get('n'))
+      cell += f' (n {size})' if size != row[n] else ''
+    cells.append([*row[:place], cell, *row[place:]])
+  return [*header[:place], 'AutoAttack top-1', *header[place:]], cells
 
 
 def _caption(
@@ -133,7 +173,8 @@ def _caption(
 
 def terminal_table(records: Sequence[Record]) -> str:
   """The main table in plain text, for the end of a training run."""
-  records = merge([records])
+  last = newest(records)
+  records, _ = apart(merge([records]), last)
   split = main_split(records)
   headline = find_headline(records, split)
   shown = []
@@ -144,8 +185,25 @@ def terminal_table(records: Sequence[Record]) -> str:
         shown.append(record)
   if not shown:
     return 'No evaluation yet.'
-  rows = [list(MAIN_HEADER), *(_main_row(r, headline) for r in shown)]
-  return f'{aligned(rows, {0, 1, 7})}\n{_caption(shown, split, headline)}'
+  strong = _stronger(records, shown)
+  header, rows = _beside(
+    MAIN_HEADER, [_main_row(r, headline) for r in shown], strong
+  )
+  left = {0, 1, header.index('attack')}
+  lines = [aligned([header, *rows], left)]
+  lines += [_caption(shown, split, headline)]
+  lines += notes([*shown, *filter(None, strong)])
+  return '\n'.join([lines[0], *map(terminal, map(printable, lines[1:]))])
+
+
+def _stronger(
+  records: Sequence[Record], shown: Sequence[Record]
+) -> list[Record | None]:
+  """AutoAttack beside each row that is not AutoAttack itself."""
+  return [
+    None if r.get('attack') == 'autoattack' else _strong(records, r)
+    for r in shown
+  ]
 
 
 def evaluation_table(records: Sequence[Record]) -> str:
@@ -157,13 +215,15 @@ def evaluation_table(records: Sequence[Record]) -> str:
   rows = [[*texts, 'attack', 'sparsity %', *_accuracy_header()]]
   for record in records:
     cells = [plain(record.get(key)) for key in texts]
+    cells[1] = marked(record)
     cells += [attack_text(record), sparsity(record.get('sparsity'))]
     rows.append([*cells, *accuracies(record)])
     for member in record.get('members') or ():
       after = number(member.get('robust_top1'))
       name = f'  {member.get("attack")}'
       rows.append([*[''] * len(texts), name, *[''] * 3, after, ''])
-  return aligned(rows, set(range(len(texts) + 1)))
+  lines = [terminal(printable(line)) for line in notes(records)]
+  return '\n'.join([aligned(rows, set(range(len(texts) + 1))), *lines])
 
 
 def transfer_table(records: Sequence[Record]) -> str:
@@ -192,27 +252,29 @@ def introduction(out: Writer, work: Workdir) -> None:
   title = config.get('name') or work.path.resolve().name
   network = config.get('model')
   network = network if isinstance(network, Mapping) else {}
-  lines = [f'- Main run: `{work.main_run}`']
+  lines = [f'- Main run: {code(work.main_run)}']
   datasets = ', '.join(map(dataset_text, work.datasets())) or 'unknown'
   shapes = [m['image_shape'] for m in work.models() if m.get('image_shape')]
   if shapes:
-    datasets += f', images of {" × ".join(map(str, shapes[0]))}'
-  lines.append(f'- Data set: {datasets}')
+    shape = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+    datasets += f', images of {" × ".join(map(str, shape))}'
+  lines.append(f'- Data set: {md(datasets)}')
   text = str(network.get('name', 'unknown'))
   if 'width' in network:
     text += f', width {network["width"]}'
   sizes = [r['parameters'] for r in work.records if r.get('parameters')]
   if sizes:
     text += f', {sizes[0]:,} parameters'
-  lines.append(f'- Network: {text}')
+  lines.append(f'- Network: {md(text)}')
   prune = config.get('prune')
   if isinstance(prune, Mapping) and isinstance(prune.get('keep'), int | float):
     lines.append(f'- Pruning keeps {100 * prune["keep"]:.4g} % of the weights')
   if 'seed' in config:
-    lines.append(f'- Seed: {config["seed"]}')
+    lines.append(f'- Seed: {md(config["seed"])}')
   for record in work.records:
     if attack_of(record) == work.headline:
-      lines.append(f'- Attack of the main table: {attack_text(record)}')
+      attack = md(attack_text(record))
+      lines.append(f'- Attack of the main table: {attack}')
       break
   failed = [
     (audit, check)
@@ -224,14 +286,14 @@ def introduction(out: Writer, work: Workdir) -> None:
     which = dict.fromkeys(f'{a["run"]}, {a["stage"]}' for a, _ in failed)
     lines.append(
       f'- **✗ Failed checks of the attack: {len(failed)} '
-      f'({"; ".join(which)}), see “Audit of the attack”**'
+      f'({md("; ".join(which))}), see “Audit of the attack”**'
     )
-  out.text(f'# Report: {title}', '\n'.join(lines))
+  out.text(f'# Report: {md(title)}', '\n'.join(lines))
   stages = work.stages(work.main_run)
   if stages:
     texts = [(s, *STAGE_TEXTS.get(s, ('', '', ''))) for s in stages]
     alt = f'The stages of the run: {", ".join(stages)}'
-    out.picture('overview', alt, figures.overview(texts))
+    out.picture('overview', alt, figures.overview, texts)
   known = [f'- `{run}`: {RUNS[run]}' for run in work.runs if run in RUNS]
   if len(work.runs) > 1 and known:
     out.text('Runs:', '\n'.join(known))
@@ -240,13 +302,14 @@ def introduction(out: Writer, work: Workdir) -> None:
 def main_results(out: Writer, work: Workdir) -> list[Record]:
   """The main table and its picture; returns the records that they show."""
   split, headline = work.split, work.headline
-  rows, shown = [], []
+  rows, shown, strong = [], [], []
   for run in work.runs:
     for stage in work.stages(run):
       record = pick(work.records, run, stage, 'last', split, headline)
       if record:
         shown.append(record)
         rows.append(_main_row(record, headline))
+        strong += _stronger(work.records, [record])
         continue
       if stage == 'pretrain':
         state = 'no classifier in this stage'
@@ -257,14 +320,18 @@ def main_results(out: Writer, work: Workdir) -> list[Record]:
       else:
         state = 'not started'
       rows.append([run, stage, *['–'] * 5, state, '–'])
+      strong.append(None)
   out.text('## Results')
   if not shown:
     out.text('No model has been evaluated yet.')
   else:
-    caption = _caption(shown, split, headline)
+    caption = md(_caption(shown, split, headline))
     out.text(f'Percent of images; {caption}.')
   if rows:
-    out.text(table(MAIN_HEADER, rows, 2))
+    out.text(table(*_beside(MAIN_HEADER, rows, strong), 2))
+  lines = [f'- {md(x)}' for x in notes([*shown, *filter(None, strong)])]
+  if lines:
+    out.text('\n'.join(lines))
   drawn = [
     figures.Result(
       record['run'],
@@ -284,11 +351,8 @@ def main_results(out: Writer, work: Workdir) -> list[Record]:
     record = next(r for r in shown if attack_of(r) == headline)
     title = f'Accuracy on {", ".join(datasets)}, clean and under attack'
     subtitle = f'{attack_text(record)}, {record.get("n")} {split} images'
-    out.picture(
-      'results',
-      'Clean and robust accuracy of every model',
-      figures.results(drawn, title, subtitle),
-    )
+    alt = 'Clean and robust accuracy of every model'
+    out.picture('results', alt, figures.results, drawn, title, subtitle)
   return shown
 
 
@@ -304,6 +368,9 @@ def _note(record: Record, headline: tuple | None) -> str:
     parts.append(f'eps {eps_text(record.get("eps"))}')
   if record.get('n') != n:
     parts.append(f'{plain(record.get("n"))} images')
+  collapsed = collapse(record)
+  if collapsed:
+    parts.append(f'{MARK} {collapsed[0]}')
   return ', '.join(parts)
 
 
@@ -336,7 +403,7 @@ def selections(out: Writer, work: Workdir) -> list[Record]:
     header += [f'{name}: epoch', 'clean', 'robust']
   out.text(
     '## Which epoch',
-    f'Top-1 accuracy on the {split} images of the model that each rule '
+    f'Top-1 accuracy on the {md(split)} images of the model that each rule '
     'selects:',
     '\n'.join(f'- `{name}`: {SELECTIONS[name]}' for name in names),
     table(header, rows, 2),
@@ -348,9 +415,13 @@ def others(out: Writer, work: Workdir, shown: Sequence[Record]) -> None:
   """Every record that no table above has: nothing measured goes unsaid."""
   used = {id(record) for record in shown}
   rows: dict[tuple[str, ...], list[str]] = {}  # selections of one epoch: a row
-  for r in work.records:
-    if id(r) not in used and not corrupted(r):
-      cells = [r['run'], r['stage'], plain(r.get('epoch')), r['split']]
+  old = {id(r) for r in work.superseded}
+  for r in [*work.records, *work.superseded]:
+    if id(r) in old or (id(r) not in used and not corrupted(r)):
+      run = r['run']
+      if id(r) in old:
+        run += f' (weights {plain(r.get("fingerprint"))}, not those of now)'
+      cells = [run, r['stage'], plain(r.get('epoch')), r['split']]
       cells += [attack_text(r), plain(r.get('n')), *accuracies(r)]
       rows.setdefault(tuple(cells), []).append(r['selection'])
   if rows:

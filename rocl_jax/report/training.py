@@ -13,7 +13,10 @@ from rocl_jax.report.text import (
   column,
   eps_text,
   file_name,
+  md,
   number,
+  plain,
+  short_dataset,
   table,
 )
 
@@ -73,10 +76,7 @@ def _published_stage(rows: Record, run: str) -> figures.Curve:
 
 def _planned_epochs(config: Mapping, stage: str, done: float) -> float:
   """How long the stage is to be; a run in progress has not got there yet."""
-  settings = config.get(stage)
-  planned = (
-    settings.get('total_epochs') if isinstance(settings, Mapping) else None
-  )
+  planned = _section(config, stage).get('total_epochs')
   known = isinstance(planned, int) and planned >= done
   return planned if known and planned else done
 
@@ -101,6 +101,97 @@ def _compare(
     f'{other[0]:.2f} → {other[-1]:.2f}',
     number(rank) if math.isfinite(rank) else '–',
   ]
+
+
+def recipes(out: Writer, work: Workdir) -> None:
+  """What each run was trained on, how long, and against what."""
+  rows = []
+  for run in work.runs:
+    config, stages = work.config_of(run), work.stages(run)
+    models = [work.model(run, stage) for stage in stages]
+    source = _section(config, 'data').get('source')
+    dataset = next((m['dataset'] for m in models if m.get('dataset')), source)
+    epochs, taken, images = [], 0.0, ''
+    attacks: dict[str, list[str]] = {}
+    for stage, model in zip(stages, models, strict=True):
+      settings, measured = _section(config, stage), work.metrics(run, stage)
+      done = measured[-1]['epoch'] if measured else None
+      planned = settings.get('total_epochs')
+      text = plain(planned if done is None else done)
+      if done is not None and isinstance(planned, int) and done < planned:
+        text += f' of {planned}'
+      if not model and done is None:
+        text += ', not trained yet'
+      epochs.append(f'{stage} {text}')
+      attacks.setdefault(_against(settings), []).append(stage)
+      taken += sum(x for x in column(measured, 'seconds') if math.isfinite(x))
+      images = images or _training_images(model, settings, measured)
+    if any(models) or taken:
+      rows.append(
+        [
+          run,
+          short_dataset(dataset) if dataset else '–',
+          plain(source),
+          images or '–',
+          ', '.join(epochs),
+          '; '.join(
+            f'{what} ({", ".join(on)})' for what, on in attacks.items()
+          ),
+          _duration(taken),
+        ]
+      )
+  if rows:
+    header = ['run', 'data set', 'source', 'training images']
+    header += ['epochs', 'loss and attack in training', 'time']
+    out.text(
+      '## How each run was trained',
+      'Its own stages alone. Time: of the epochs, by the clock, compilation '
+      'included, evaluation not; of an epoch that was interrupted the last '
+      'part alone.',
+      table(header, rows, len(header) - 1),
+    )
+
+
+def _section(config: Mapping, name: str) -> Mapping:
+  found = config.get(name)
+  return found if isinstance(found, Mapping) else {}
+
+
+def _training_images(
+  model: Mapping, settings: Mapping, measured: Sequence[Record]
+) -> str:
+  """As recorded, or about as many as an epoch had; '' where unknown."""
+  images, batch = model.get('train_images'), settings.get('batch_size')
+  if isinstance(images, int):
+    return f'{images:,}'
+  for row in measured[-1:]:
+    step, epoch = row.get('step'), row['epoch']
+    if isinstance(step, int) and isinstance(batch, int) and epoch > 0:
+      return f'about {step * batch // epoch:,}'
+  return ''
+
+
+def _against(settings: Mapping) -> str:
+  """'trades, pgd: eps 8/255, 10 steps of eps/4'."""
+  loss, attack = plain(settings.get('loss')), _section(settings, 'attack')
+  if not attack or loss == 'natural':
+    return f'{loss}, no attack' if settings else 'unknown'
+  eps = attack.get('eps')
+  return (
+    f'{loss}, {plain(attack.get("name"))}: eps '
+    f'{eps if isinstance(eps, str) else eps_text(eps)}, '
+    f'{plain(attack.get("steps"))} steps of {plain(attack.get("step_size"))}'
+  )
+
+
+def _duration(seconds: float) -> str:
+  if seconds <= 0:
+    return '–'
+  minutes, rest = divmod(round(seconds), 60)
+  hours, left = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {left} min'
+  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
 def curves(out: Writer, work: Workdir) -> None:
@@ -128,11 +219,8 @@ def curves(out: Writer, work: Workdir) -> None:
       f'Training loss, and accuracy on the {split} images after each epoch: '
       'clean solid (○), under attack dashed (●).',
     )
-    out.picture(
-      'curves',
-      'Loss and accuracy by epoch, a column for each stage',
-      figures.curves(stages, split),
-    )
+    alt = 'Loss and accuracy by epoch, a column for each stage'
+    out.picture('curves', alt, figures.curves, stages, split)
 
 
 def against_published(out: Writer, work: Workdir) -> None:
@@ -182,7 +270,7 @@ def shape(
   )
   main = run == work.main_run
   out.text(
-    f'## Shape against the published curves{"" if main else f": {run}"}',
+    f'## Shape against the published curves{"" if main else f": {md(run)}"}',
     f'Published: {reference["title"]} (epochs: {lengths}), full-size network '
     f'and all of CIFAR-10. This run has a scale of its own, so the level of a '
     'curve need not agree; its shape should. Accuracy of this run is on '
@@ -191,7 +279,10 @@ def shape(
   out.picture(
     'published' if main else f'published_{file_name(run)}',
     'This run and the published one by the fraction of each stage',
-    figures.against_published(stages, split, reference['title']),
+    figures.against_published,
+    stages,
+    split,
+    reference['title'],
   )
   out.text(
     'First → last measured epoch, the published values at the same fractions '
@@ -228,11 +319,13 @@ def density(out: Writer, work: Workdir) -> None:
     [name, f'{s:,}', f'{k:,}', number(100 * k / s if s else None)]
     for name, (s, k) in [*layers.items(), ('total', (size, kept))]
   ]
-  out.text('## Density by layer', f'The pruned model of {which}.')
+  out.text('## Density by layer', f'The pruned model of {md(which)}.')
   out.picture(
     'density',
     'Weights and kept weights of each layer',
-    figures.density(layers, f'{which}: {kept:,} of {size:,} weights kept'),
+    figures.density,
+    layers,
+    f'{which}: {kept:,} of {size:,} weights kept',
   )
   out.text(table(['layer', 'weights', 'kept', 'kept %'], rows, 1))
 
@@ -257,14 +350,19 @@ def examples(out: Writer, work: Workdir) -> None:
       titled = True
     attack = f'{data.get("attack", "attack")}, eps {eps_text(data.get("eps"))}'
     images = [
-      figures.Example(*(image[key] for key in figures.Example._fields))
+      figures.Example(
+        *(image[key] for key in figures.Example._fields[:3]),
+        *(np.array(image[key]) for key in figures.Example._fields[3:]),
+      )
       for image in data['images']
     ]
     title = f'run {run}, stage {stage}: {attack}'
     out.picture(
       f'examples_{file_name(run)}_{file_name(stage)}',
       f'Predictions of {run}, {stage}',
-      figures.examples(
-        images, data.get('class_names', []), title, data.get('eps')
-      ),
+      figures.examples,
+      images,
+      data.get('class_names', []),
+      title,
+      data.get('eps'),
     )

@@ -170,10 +170,10 @@ def reproduce(
         for name, checks in found.checks.items()
         for check in audits.failed(checks)
       ]
-  path = report.write(str(root))
+  path = report.attempt(str(root))
   if problems:
     raise RunFailed(
-      f'{path}: an audit failed, so those accuracies prove nothing: '
+      f'{path or root}: an audit failed, so those accuracies prove nothing: '
       f'{problems[0]}'
       + (f' and {len(problems) - 1} more' if len(problems) > 1 else '')
     )
