@@ -215,8 +215,8 @@ def against(
       ax.xaxis.set_major_formatter(EngFormatter())
       ax.xaxis.set_minor_locator(NullLocator())
     low, high = ax.get_ylim()
-    short = max(0.0, 10 - (high - low)) / 2  # noise is not to look like much
-    ax.set_ylim(low - short, high + short)
+    more = max(0.0, 10 - (high - low)) / 2  # noise is not to look like much
+    ax.set_ylim(low - more, high + more)
   panels[0].set_ylabel('accuracy, %', fontsize=10, color=INK)
   handles = [Line2D([], [], color=colours[m], linewidth=2) for m in methods]
   labels = [short(method, 30) for method in methods]
