@@ -4,13 +4,23 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
+import time
+import warnings
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from markdown_it import MarkdownIt
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from rocl_jax import figures, published, report
 from rocl_jax.errors import UserError
+from rocl_jax.figures import names
+from rocl_jax.report import text, verdicts
 from rocl_jax.report.text import eps_text
 from rocl_jax.report.training import spearman
 
@@ -448,6 +458,340 @@ def test_table_of_an_evaluation():
     'ours  prune  last       test   360  clean (no attack)           90        '
     '88.00        99.00             –             –',
   ]
+
+
+NAMES = (
+  *('Ba$$in', 'b\udcffd', 'a_b^{2}\\frac', '<b>x</b>&amp;', 'p|q', '$x_1$'),
+  *('`tick` ``', '*s* _e_ __d__', '# head', '[l](u)', '![i](j)', '~~x~~'),
+  *('new\nline', 'tab\tx\x00', '\u202ertl\u200f', 'n' * 200, '\\', 'a\\|b'),
+  *('中文', '- dash', '1. one', '---', '😀', '', 'https://x.y/?a=b&c'),
+)
+
+
+def shown_text(markdown):
+  """What a reader of a report sees, without its pictures' pixels."""
+  parser = MarkdownIt('commonmark').enable(['table', 'strikethrough'])
+  inline = [t for t in parser.parse(markdown) if t.type == 'inline']
+  kinds = {child.type for t in inline for child in t.children}
+  assert kinds <= {'text', 'code_inline', 'image', 'strong_open'} | {
+    'strong_close'
+  }
+  return '\n'.join(''.join(c.content for c in t.children) for t in inline)
+
+
+def test_any_name_is_text_in_every_form(tmp_path):
+  make_workdir(tmp_path)
+  # As a checkpoint with the classes of such folders would have them.
+  make_evaluation(tmp_path, classes=20)
+  wild = 'r$_|*`<[é中\udcff\n]'
+  (tmp_path / 'natural').rename(tmp_path / wild.replace('\n', 'n'))
+
+  def renamed(found):
+    if isinstance(found, dict):
+      return {key: renamed(value) for key, value in found.items()}
+    if isinstance(found, list):
+      return [renamed(value) for value in found]
+    known = {'natural': wild, 'digits': 'da$ta|_', 'pgd10': 'p$g_*d10*'}
+    if isinstance(found, str) and found.startswith('class '):
+      return NAMES[int(found.split()[1])]
+    return known.get(found, found) if isinstance(found, str) else found
+
+  for path in tmp_path.rglob('*.json'):
+    found = renamed(json.loads(path.read_text()))
+    if path.name == 'config.json':
+      found |= {'name': '# con$fig_ `x`\n', 'seed': '$7|'}
+    if path.name == 'examples.json':
+      found['class_names'] = NAMES[-10:]
+    path.write_text(json.dumps(found))
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    report.write(str(tmp_path))
+  assert [w.category for w in caught] == [figures.MissingGlyphs]
+  text = (tmp_path / 'report.md').read_text()
+  assert 'Left out' not in text and 'No picture' not in text
+  shown = shown_text(text)
+  for name in (*NAMES[1:20], wild, '# con$fig_ `x`\n', '$7|', 'p$g_*d10*'):
+    assert figures.printable(name) in shown, name
+  assert '\n' not in figures.printable(wild)
+  html = (tmp_path / 'report.html').read_text()
+  assert '<title>Report: # con$fig_ `x`\\n</title>' in html
+  assert '&lt;b&gt;x&lt;/b&gt;&amp;amp;' in html and '<b>' not in html
+  for encoding in ('ascii', 'utf-8'):
+    done = subprocess.run(
+      [sys.executable, '-m', 'rocl_jax.report', str(tmp_path)],
+      capture_output=True,
+      env=os.environ | {'PYTHONIOENCODING': f'{encoding}:strict'},
+    )
+    assert done.returncode == 0 and done.stderr.count(b'\n') == 1, done.stderr
+    assert b'\\udcff' in done.stdout
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_in_markdown_shows_as_it_is(name):
+  wanted = figures.printable(name)
+  table = text.table(['a', 'b'], [[name, 'x'], ['y', name]], 1)
+  texts = [f'## {text.md(name)}', f'- {text.md(name)}', table]
+  texts += [f'x {text.md(name)} x', f'- {text.code(name)}', text.md(name)]
+  shown = shown_text('\n\n'.join(texts)).split('\n')
+  cells = ['a', 'b', wanted, 'x', 'y', wanted]
+  found = [wanted, wanted, *cells, f'x {wanted} x', wanted, wanted]
+  if name:
+    assert [x.replace('\xa0', ' ').strip() for x in shown] == found
+
+
+def test_a_font_that_has_the_characters_is_found(tmp_path):
+  builder = FontBuilder(1000, isTTF=True)
+  glyphs = ['.notdef', 'cat']
+  builder.setupGlyphOrder(glyphs)
+  builder.setupCharacterMap({ord('猫'): 'cat'})
+  pen = TTGlyphPen(None)
+  for point in ((0, 0), (0, 900), (900, 900)):
+    pen.lineTo(point) if pen.points else pen.moveTo(point)
+  pen.closePath()
+  builder.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
+  builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+  builder.setupHorizontalHeader(ascent=900, descent=-100)
+  builder.setupNameTable({'familyName': 'Felis Sans', 'styleName': 'Regular'})
+  builder.setupOS2(usWeightClass=400)
+  builder.setupPost()
+  builder.save(tmp_path / 'felis.ttf')
+  fonts = font_manager.fontManager.ttflist
+  before = list(fonts)
+  font_manager.fontManager.addfont(tmp_path / 'felis.ttf')
+  names._fonts.cache_clear()
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('error')
+      figure = figures.confusion(np.eye(2), ['猫', 'dog'], 'x')
+      figure.canvas.draw()
+    (label, _) = figure.axes[0].get_xticklabels()
+    assert label.get_text() == '猫' and 'Felis Sans' in label.get_fontfamily()
+  finally:
+    fonts[:] = before
+    names._fonts.cache_clear()
+  with pytest.warns(figures.MissingGlyphs):
+    figure = figures.confusion(np.eye(2), ['猫Å', '$x$'], 'x')
+  labels = figure.axes[0].get_xticklabels()
+  assert [x.get_text() for x in labels] == ['U+732BÅ', '$x$']
+  assert not any(x.get_parse_math() for x in labels)
+
+
+def test_a_picture_that_fails_costs_itself(tmp_path, monkeypatch, capsys):
+  make_workdir(tmp_path)
+  (tmp_path / 'figures').write_text('in the way')
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  assert found.count('**No picture `') == 10 and '![' not in found
+  assert '**No picture `curves`: ' in found and 'in the way of the' in found
+  assert '| ours | finetune | 90 | 88.00' in found and '## Protocol' in found
+  (tmp_path / 'figures').unlink()
+
+  def broken(*_, **__):
+    raise ValueError('odd\nfont')
+
+  monkeypatch.setattr(figures, 'curves', broken)
+  monkeypatch.setattr(report.tables, 'selections', broken)
+  broken.__name__ = 'selections'
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  assert found.count('No picture') == 1 and found.count('Left out') == 1
+  assert '**No picture `curves`: ValueError: odd**' in found
+  assert '**Left out: selections: ValueError: odd**' in found
+  assert '(figures/results.png)' in found
+  # At the end of a run not even that no report can be written costs anything.
+  (tmp_path / 'report.md').unlink()
+  (tmp_path / 'report.md').mkdir()
+  with pytest.raises(UserError, match=r'report\.md: in the way'):
+    report.write(str(tmp_path))
+  assert report.attempt(str(tmp_path)) == ''
+  (line,) = capsys.readouterr().err.splitlines()
+  assert 'in the way of the report' in line
+  assert line.endswith(f'python -m rocl_jax.report {tmp_path}')
+
+
+def by_class(n, predicted, right=None, **changes):
+  right = n if right is None else right
+  return {
+    'per_class': {
+      'n': n,
+      'clean_top1': [
+        100 * r / m if m else None for r, m in zip(right, n, strict=True)
+      ],
+      'robust_top1': [0.0] * len(n),
+      'clean_predicted': predicted,
+      'robust_predicted': predicted,
+    }
+  } | changes
+
+
+@pytest.mark.parametrize('count', [2, 3, 10, 100, 1500])
+def test_a_network_with_one_answer_is_marked(tmp_path, count):
+  n = [6] * count
+  one = by_class(n, [6 * count, *[0] * (count - 1)])
+  known = [
+    record('ours', 'supervised', 100 / count, 100 / count, **one),
+    record('ours', 'prune', 90, 40, **by_class(n, n)),
+  ]
+  terminal = report.terminal_table(known)
+  assert 'supervised ⚠' in terminal and 'prune ⚠' not in terminal
+  assert '100 % of all images are taken for “class 0”' in terminal
+  assert 'supervised ⚠' in report.evaluation_table(known)
+  # Earlier records have the confusion under attack alone.
+  del one['per_class']
+  matrix = [[6, *[0] * (count - 1)]] * count
+  known[0] = record('ours', 'supervised', 1, 1, confusion=matrix, **one)
+  assert '⚠' in report.terminal_table(known)
+  write_json(tmp_path / 'results.json', known)
+  began = time.monotonic()
+  report.write(str(tmp_path))
+  assert time.monotonic() - began < 20
+  found = (tmp_path / 'report.md').read_text()
+  assert '| ours | supervised ⚠ | 0 |' in found and len(found) < 12_000
+  assert '- ⚠ ours, supervised: predictions collapse: 100 % of all' in found
+
+
+@pytest.mark.parametrize(
+  ('n', 'predicted', 'marked'),
+  [
+    ([50, 50], [70, 30], False),
+    ([50, 50], [80, 20], True),
+    ([95, 5], [98, 2], False),
+    ([95, 5], [100, 0], True),
+    ([100, 0], [100, 0], False),
+    ([10] * 10, [30, 20, 10, 10, 10, 10, 5, 5, 0, 0], False),
+    ([10] * 10, [25, 25, 25, 25, *[0] * 6], True),
+    ([1] * 4, [2, 2, 0, 0], False),
+    ([0] * 3, [0] * 3, False),
+  ],
+)
+def test_what_is_a_collapse(n, predicted, marked):
+  found = record('ours', 'prune', 1, 1, **by_class(n, predicted))
+  assert bool(verdicts.collapse(found)) == marked
+
+
+def test_a_crowd_under_attack_alone_is_no_collapse():
+  crowd = np.zeros((4, 4), int)
+  crowd[:, 1] = 25
+  found = record('ours', 'prune', 25, 25, confusion=crowd.tolist())
+  assert verdicts.collapse(found)
+  found['clean_top1'] = 90.0
+  assert not verdicts.collapse(found)
+  found |= by_class([25] * 4, None, [23] * 4)
+  assert not verdicts.collapse(found)
+  found |= by_class([25] * 4, None, [0, 25, 0, 0])
+  assert verdicts.collapse(found)
+
+
+def test_autoattack_and_bad_logits_are_beside_the_headline(tmp_path):
+  weak = record('ours', 'prune', 90.0, 70.0, invalid=3, clean_invalid=2)
+  strong = record('ours', 'prune', 91.0, 60.0, attack='autoattack', n=100)
+  others = [
+    record('ours', 'supervised', 90.0, 70.0),
+    record('ours', 'prune', 91.0, 10.0, attack='autoattack', eps=0.3, n=100),
+  ]
+  known = [weak, strong, *others]
+  row = (
+    '| ours | prune ⚠ | 90 | 90.00 | 99.00 | 70.00 | 90.00 | 60.00 (n 100) |'
+  )
+  write_json(tmp_path / 'results.json', known)
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  assert row in found
+  assert '| 70.00 | 90.00 | – | pgd10 | 360 |' in found
+  assert '3 of 360 images have logits that are not numbers under pgd10' in found
+  assert '2 of 360 images have logits that are not numbers without' in found
+  assert '60.00 (n 100)' in report.terminal_table(known)
+  assert '3 of 360 images' in report.evaluation_table(known)
+  del known[1]['n'], known[1]['robust_top1']
+  assert report.terminal_table(known)
+
+
+def test_frequent_confusions_instead_of_a_matrix(tmp_path):
+  many = by_class([3] * 1500, [3] * 1500)
+  many['per_class']['robust_top1'] = [0.0, 50.0, *[100.0] * 1498]
+  many['confused'] = [[0, 7, 2], [1, 9, 1], [0, 8, 1]]
+  many['class_names'] = [f'c{k}' for k in range(1500)]
+  known = [record('ours', 'prune', 90.0, 70.0, **many)]
+  write_json(tmp_path / 'results.json', known)
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  assert 'The 10 worst of 1500 classes:' in found
+  assert '| c0 | 3 | 100.00 | 0.00 | c7 (67 %) |' in found
+  assert '| c0 | c7 | 2 |' in found and 'confusion.png' not in found
+
+
+def test_records_of_other_weights_stand_apart(tmp_path):
+  make_workdir(tmp_path)
+  path = tmp_path / 'results.json'
+  write_json(path, [record('ours', 'prune', 80.0, 50.0, fingerprint='old')])
+  os.utime(path, (1, 1))
+  new = record('ours', 'prune', 90.0, 60.0, fingerprint='new')
+  later = tmp_path / '3_prune' / 'results.json'
+  write_json(later, [new])
+  for there, first in ((None, '90.00'), ('old', '80.00'), ('third', '–')):
+    model = tmp_path / '3_prune' / 'model' / 'model.json'
+    about = json.loads(model.read_text()) | {'fingerprint': there}
+    write_json(model, about)
+    report.write(str(tmp_path))
+    main, rest = (tmp_path / 'report.md').read_text().split('## Other eval')
+    row = main.split('| ours | prune |')[1].split('\n')[0]
+    assert f'| {first} |' in row and 'new' not in main
+    old = 'old' if there is None else 'new'
+    assert f'ours (weights {old}, not those of now) | prune |' in rest
+  assert '90.00' in report.terminal_table([*json.loads(path.read_text()), new])
+
+
+@pytest.mark.parametrize('inner', ['', 'model'])
+def test_two_checkpoints_side_by_side_are_two_rows(tmp_path, inner):
+  for name, robust in (('one', 50.0), ('two', 60.0)):
+    what = {'run': 'published', 'stage': 'supervised', 'fingerprint': name}
+    folder = tmp_path / name / inner
+    write_json(folder / 'model.json', what | {'selection': 'last'})
+    known = record('published', 'supervised', 80.0, robust, fingerprint=name)
+    write_json(tmp_path / name / 'results.json', [known])
+    audit = {k: known[k] for k in ('split', 'attack', 'norm', 'eps', 'n')}
+    checks = [{'check': 'x', 'passed': name == 'one'}]
+    audit |= what | {'selection': 'last', 'checks': checks}
+    write_json(tmp_path / name / 'audit.json', audit)
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  for name, robust in (('one', '50.00'), ('two', '60.00')):
+    row = f'| published ({name}) | supervised | 0 | 80.00 | 99.00 | {robust} |'
+    assert found.count(row) == 1
+  assert '✗ run published (two), stage' in found
+  assert '✓ run published (one), stage' in found
+  assert '60.00' in report.summary(str(tmp_path))
+
+
+def test_how_runs_were_trained(tmp_path):
+  attack = {'name': 'pgd', 'eps': '8/255', 'steps': 7, 'step_size': 'eps/4'}
+  stage = {'loss': 'trades', 'batch_size': 16, 'attack': attack}
+  config = {
+    'data': {'source': 'folder'},
+    'supervised': stage | {'total_epochs': 4},
+    'prune': stage | {'total_epochs': 3, 'loss': 'natural'},
+  }
+  for k, (name, more) in enumerate(
+    (('supervised', {}), ('prune', {'train_images': 55})), 1
+  ):
+    folder = tmp_path / f'{k}_{name}'
+    model = {'run': 'ours', 'stage': name, 'config': config, 'dataset': 'pets'}
+    write_json(folder / 'model' / 'model.json', model | more)
+    rows = [{'epoch': e, 'step': 3 * e, 'seconds': 61.5} for e in (1, 2, 3)]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (folder / 'metrics.jsonl').write_text(lines)
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  row = (
+    '| ours | pets | folder | {} | supervised 3 of 4, prune 3 | trades, pgd: '
+    'eps 8/255, 7 steps of eps/4 (supervised); natural, no attack (prune) | '
+    '6 min 9 s |'
+  )
+  assert row.format('55') in found
+  write_json(tmp_path / '2_prune' / 'model' / 'model.json', model)
+  report.write(str(tmp_path))
+  found = (tmp_path / 'report.md').read_text()
+  assert row.format('about 48') in found
 
 
 def test_mistakes_are_told_with_the_file(tmp_path):

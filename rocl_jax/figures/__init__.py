@@ -17,7 +17,7 @@ from rocl_jax.figures.accuracy import (
 from rocl_jax.figures.images import Example, examples
 from rocl_jax.figures.layers import Histogram, density, histograms
 from rocl_jax.figures.method import overview
-from rocl_jax.figures.names import MissingGlyphs, printable
+from rocl_jax.figures.names import MissingGlyphs, printable, short
 from rocl_jax.figures.robustness import (
   CONFUSION_COLOURS,
   SecurityCurve,
@@ -55,5 +55,6 @@ __all__ = [
   'results',
   'run_colours',
   'security',
+  'short',
   'transfer',
 ]

@@ -117,12 +117,18 @@ def _pair(ax: Axes, row: Result, height: float, colour: str) -> None:
   ax.hlines(
     height, row.robust, row.clean, color=colour, linewidth=4.5, alpha=0.28
   )
+  low, high = sorted((row.robust, row.clean))
+  if high - low > 25:  # room below the line
+    place: dict[str, Any] = {'xy': ((low + high) / 2, height), 'ha': 'center'}
+    place['xytext'] = (0, -11)
+  elif high < 55:  # outside of the two numbers
+    place = {'xy': (high, height), 'xytext': (44, 0), 'ha': 'left'}
+  else:
+    place = {'xy': (low, height), 'xytext': (-44, 0), 'ha': 'right'}
   ax.annotate(
     short(row.note, 60),
-    ((row.robust + row.clean) / 2, height),
-    xytext=(0, -11),
+    **place,
     textcoords='offset points',
-    ha='center',
     va='center',
     fontsize=8.5,
     color=MUTED,

@@ -50,7 +50,7 @@ def examples(
 
   def name(index: int) -> str:
     known = 0 <= index < len(class_names)
-    return short(str(class_names[index]), 18) if known else str(index)
+    return short(str(class_names[index]), 14) if known else str(index)
 
   for column, (image, (clean, adversarial)) in enumerate(
     zip(images, pairs, strict=True)

@@ -95,28 +95,25 @@ def _shown(value: Any, table: Mapping[int, str]) -> Any:
 @functools.lru_cache
 def _fonts(characters: frozenset[str]) -> tuple[tuple[str, ...], set[str]]:
   """Families that together have the characters, and those that none has."""
-  families, lacking = [_FONT], set(characters) - _has(_path(_FONT))
+  families, lacking = [_FONT], set(characters) - _usual()
   if lacking:
-    bundled = Path(mpl.get_data_path())
+    bundled = Path(mpl.get_data_path())  # the rest of it is for mathematics
     found = {
-      font.name
+      font.name: font.fname
       for font in font_manager.fontManager.ttflist
       if bundled not in Path(font.fname).parents
+      and font.style == 'normal'
+      and not font.name.startswith('DejaVu')
     }
     for name in sorted(found, key=lambda name: ('Sans' not in name, name)):
-      if lacking & _has(_path(name)):
+      if lacking & _has(found[name]):
         families.append(name)
-        lacking -= _has(_path(name))
+        lacking -= _has(found[name])
   return tuple(families), lacking
 
 
-@functools.lru_cache
-def _path(family: str) -> str:
-  """The file that matplotlib takes for it, '' for none."""
-  try:
-    return str(font_manager.findfont(family, fallback_to_default=False))
-  except ValueError:
-    return ''
+def _usual() -> frozenset[str]:
+  return _has(font_manager.findfont(_FONT))
 
 
 @functools.lru_cache
@@ -135,5 +132,5 @@ def _spelled(character: str) -> str:
   """Its plain form where this is of letters that the font has, or its code."""
   plain = unicodedata.normalize('NFKD', character)
   plain = ''.join(c for c in plain if not unicodedata.combining(c))
-  known = plain and set(plain) <= _has(_path(_FONT))
+  known = plain and set(plain) <= _usual()
   return plain if known else f'U+{ord(character):04X}'

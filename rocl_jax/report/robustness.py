@@ -241,8 +241,8 @@ def classes(out: Writer, work: Workdir) -> None:
 
 
 def _class_names(record: Record, count: int) -> list[str]:
-  names = record.get('class_names') or [f'class {k}' for k in range(count)]
-  return [str(name) for name in names]
+  names = record.get('class_names') or [''] * count
+  return [str(name) or f'class {k}' for k, name in enumerate(names)]
 
 
 def _class_table(out: Writer, record: Record) -> None:

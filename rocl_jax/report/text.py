@@ -1,6 +1,7 @@
 """Numbers, attacks and tables as text, and the file they go to."""
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from rocl_jax import figures
 from rocl_jax.errors import UserError, one_line
-from rocl_jax.figures import printable
+from rocl_jax.figures import printable, short
 from rocl_jax.report import html
 from rocl_jax.report.records import ACCURACIES, Record, attacked
 
@@ -150,9 +151,12 @@ def _cell(text: str) -> str:
   return text if isinstance(text, Markup) else md(text)
 
 
+_WIDEST = 100  # characters of a cell
+
+
 def aligned(rows: Sequence[Sequence[str]], left: set[int]) -> str:
   """Rows as columns of plain text, a rule below the first."""
-  rows = [[terminal(printable(cell)) for cell in row] for row in rows]
+  rows = [[terminal(short(printable(x), _WIDEST)) for x in r] for r in rows]
   widths = [max(map(_width, cells)) for cells in zip(*rows, strict=True)]
   lines = []
   for row in rows:
@@ -173,6 +177,10 @@ def _width(text: str) -> int:
 
 def file_name(text: str) -> str:
   return re.sub(r'[^A-Za-z0-9._-]', '_', text)[:60]
+
+
+_WARNED: dict = {}  # one line for several reports is enough
+logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
 
 
 class Writer:
@@ -225,7 +233,13 @@ class Writer:
     spelled = [w for w in caught if w.category is figures.MissingGlyphs]
     if spelled and not self._spelled:
       self._spelled = True
-      warnings.warn(str(spelled[0].message), figures.MissingGlyphs, 2)
+      warnings.warn_explicit(
+        str(spelled[0].message),
+        figures.MissingGlyphs,
+        'rocl_jax.report',
+        1,
+        registry=_WARNED,
+      )
     self.text(f'![{md(alt)}](figures/{name}.png)')
 
   def _own(self, name: str) -> str:

@@ -111,7 +111,8 @@ def recipes(out: Writer, work: Workdir) -> None:
     models = [work.model(run, stage) for stage in stages]
     source = _section(config, 'data').get('source')
     dataset = next((m['dataset'] for m in models if m.get('dataset')), source)
-    epochs, taken, images = [], 0.0, ''
+    epochs, taken = [], 0.0
+    images, about = [m.get('train_images') for m in models], ''
     attacks: dict[str, list[str]] = {}
     for stage, model in zip(stages, models, strict=True):
       settings, measured = _section(config, stage), work.metrics(run, stage)
@@ -125,14 +126,14 @@ def recipes(out: Writer, work: Workdir) -> None:
       epochs.append(f'{stage} {text}')
       attacks.setdefault(_against(settings), []).append(stage)
       taken += sum(x for x in column(measured, 'seconds') if math.isfinite(x))
-      images = images or _training_images(model, settings, measured)
+      about = about or _images_an_epoch(settings, measured)
     if any(models) or taken:
       rows.append(
         [
           run,
           short_dataset(dataset) if dataset else '–',
           plain(source),
-          images or '–',
+          next((f'{n:,}' for n in images if isinstance(n, int)), about or '–'),
           ', '.join(epochs),
           '; '.join(
             f'{what} ({", ".join(on)})' for what, on in attacks.items()
@@ -157,13 +158,9 @@ def _section(config: Mapping, name: str) -> Mapping:
   return found if isinstance(found, Mapping) else {}
 
 
-def _training_images(
-  model: Mapping, settings: Mapping, measured: Sequence[Record]
-) -> str:
-  """As recorded, or about as many as an epoch had; '' where unknown."""
-  images, batch = model.get('train_images'), settings.get('batch_size')
-  if isinstance(images, int):
-    return f'{images:,}'
+def _images_an_epoch(settings: Mapping, measured: Sequence[Record]) -> str:
+  """'about 48' by the steps and the batch; '' where unknown."""
+  batch = settings.get('batch_size')
   for row in measured[-1:]:
     step, epoch = row.get('step'), row['epoch']
     if isinstance(step, int) and isinstance(batch, int) and epoch > 0:

@@ -14,50 +14,51 @@ _FEWEST = 5  # images of other classes that say something
 def collapse(record: Record) -> tuple[str, str] | None:
   """Whether a network answers with few classes whatever the image is.
 
-  It does where more than half of the images of all other classes are surely
-  taken for one class, as its surplus of predictions shows, or where fewer than
-  half of the classes with images are ever predicted, of five images each or
-  more. Earlier versions' records have predictions under attack alone, which
-  crowd into few classes in sound networks, too; there, images that are right
-  without attack count as of their own class.
+  It does where, of the images of all other classes, more than half are surely
+  taken for one class, as its surplus of predictions shows (of a class with
+  most of the images: a larger part); or where fewer than half of the classes
+  with images are ever predicted, of five images each or more.
+
+  Earlier versions' records have predictions under attack alone, which crowd
+  into few classes in sound networks, too: there, what is right without attack
+  counts against it.
 
   Returns:
     In few words and in a clause, or None.
   """
   known = record.get('per_class') or {}
   counts, n = known.get('clean_predicted'), known.get('n')
-  matrix, which = record.get('confusion'), 'images'
+  matrix = record.get('confusion')
+  crowded = counts is None and attacked(record)
   if counts is None and matrix:
-    which = 'attacked images' if attacked(record) else 'images'
     n = n or [sum(row) for row in matrix]
     counts = np.sum(matrix, axis=0)
-  if counts is None or n is None:
+  if counts is None or n is None or not (sum(n) and sum(counts)):
     return None
   labels, found = np.array(n, float), np.array(counts, float)
-  total, answered = labels.sum(), found.sum()
-  if not (total > 0 and answered > 0):
-    return None
+  total, which = labels.sum(), 'attacked images' if crowded else 'images'
   k = int(found.argmax())
-  names = record.get('class_names') or []
-  name = str(names[k]) if k < len(names) else f'class {k}'
-  others = total - labels[k]
-  surplus = found[k] - labels[k]
-  if which != 'images' and known.get('clean_top1'):
-    right = labels * np.array([x or 0 for x in known['clean_top1']]) / 100
-    surplus = min(surplus, others - (right.sum() - right[k]))
-  if others >= _FEWEST and surplus > others / 2:
-    share = f'{100 * found[k] / answered:.0f} %'
+  others, surplus = total - labels[k], found[k] - labels[k]
+  classes, used = labels > 0, found > 0
+  if crowded:
+    share = known.get('clean_top1') or [record.get('clean_top1')] * len(labels)
+    right = labels * np.nan_to_num(np.array(share, float)) / 100
+    surplus = min(surplus, others - right.sum() + right[k])
+    used |= right > 0
+  if others >= _FEWEST and surplus > others * max(0.5, labels[k] / total):
+    names = record.get('class_names') or []
+    name = str(names[k]) if k < len(names) else f'class {k}'
+    part = f'{100 * found[k] / found.sum():.0f} %'
     return (
-      f'{share} are called {name}',
-      f'predictions collapse: {share} of all {which} are taken for “{name}”, '
+      f'{part} are called {name}',
+      f'predictions collapse: {part} of all {which} are taken for “{name}”, '
       f'which {100 * labels[k] / total:.0f} % are',
     )
-  classes, used = int((labels > 0).sum()), int((found > 0).sum())
-  if 2 * used < classes and total >= 5 * classes:
+  if 2 * used.sum() < classes.sum() and total >= 5 * classes.sum():
+    few = f'{used.sum()} of {classes.sum()} classes'
     return (
-      f'{used} of {classes} classes predicted',
-      f'predictions collapse: {used} of {classes} classes are ever predicted, '
-      f'of {which}',
+      f'{few} predicted',
+      f'predictions collapse: {few} are ever predicted, of all {which}',
     )
   return None
 
