@@ -514,6 +514,56 @@ def test_the_command(whole, tmp_path):
   assert 'seed0/results.json: expected a list of records' in result.stderr
 
 
+def test_what_is_not_to_be_believed_is_marked(tmp_path):
+  make_reproduction(tmp_path, seeds=1)
+  path = tmp_path / 'seed0' / 'results.json'
+  records = json.loads(path.read_text())
+  for found in records:
+    if (found['run'], found['stage']) == ('magnitude_90', 'prune'):
+      found['confusion'] = [[1000, *[0] * 9]] * 10
+      found['clean_top1'] = 10.0
+    if (found['run'], found['stage']) == ('ours_90', 'prune'):
+      found['invalid'] = 3
+  path.write_text(json.dumps(records))
+  text = text_of(tmp_path, paper.tables, paper.baselines)
+  assert '| Our method | prune ⚠ | 75.91 |' in text
+  assert '⚠ ours_90, prune: 3 of 10000 images have logits that are' in text
+  assert '| magnitude_90, not trained ⚠ | 90 |' in text
+  assert '⚠ magnitude_90, prune: predictions collapse: 100 % of all' in text
+  assert text.count('⚠') == 4
+
+
+def test_transfer_to_weights_of_before_does_not_count(tmp_path):
+  make_reproduction(tmp_path, seeds=1)
+  work = tmp_path / 'seed0'
+  path = work / '4_finetune' / 'transfer.json'
+  records = json.loads(path.read_text())
+  again = [
+    record | {'target': record['target'] | {'fingerprint': 'new'}, 'n': 9000}
+    for record in records
+  ]
+  write_json(path, records + again)
+  assert (
+    Reproduction(tmp_path).transfers('ours_90', True)['seed0']
+    == (Reproduction(tmp_path).first.transfers[0])
+  )
+  model = work / '4_finetune' / 'model' / 'model.json'
+  about = json.loads(model.read_text()) | {'fingerprint': 'new'}
+  write_json(model, about)
+  found = Reproduction(tmp_path).transfers('ours_90', True)['seed0']
+  assert found['target_fingerprint'] == 'new'
+
+
+def test_a_seed_without_anything_is_left_out(tmp_path):
+  make_reproduction(tmp_path, seeds=1)
+  write_json(tmp_path / 'seed1' / 'config.json', [])
+  found = Reproduction(tmp_path)
+  assert list(found.seeds) == ['seed0']
+  assert found.problems == [
+    f'{tmp_path}/seed1/config.json: expected a JSON object'
+  ]
+
+
 def test_every_row_of_the_paper_has_a_place(whole):
   found = Reproduction(whole)
   for row in published.tables()['rows']:

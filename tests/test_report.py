@@ -720,7 +720,8 @@ def test_frequent_confusions_instead_of_a_matrix(tmp_path):
   assert '| c0 | c7 | 2 |' in found and 'confusion.png' not in found
 
 
-def test_records_of_other_weights_stand_apart(tmp_path):
+def test_records_of_other_weights_stand_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(text.Writer, 'picture', lambda *_, **__: None)
   make_workdir(tmp_path)
   path = tmp_path / 'results.json'
   write_json(path, [record('ours', 'prune', 80.0, 50.0, fingerprint='old')])

@@ -18,6 +18,7 @@ from rocl_jax.report.text import (
   printable,
   table,
 )
+from rocl_jax.report.training import images_an_epoch
 
 # What the paper's tables are about, and how few images still count as as many.
 _WIDTH, _IMAGES, _FEWEST = 64, 50_000, 45_000
@@ -33,7 +34,12 @@ def introduction(out: Writer, found: Reproduction) -> None:
   ]
   parameters = dict.fromkeys(r.get('parameters') for r in records)
   sizes = [f', {size:,} parameters' for size in parameters if size]
-  trained = _images_an_epoch(found)
+  # As counted from the steps of the first seed's main run.
+  counted = (
+    images_an_epoch(found.section(main, s), work.metrics(main, s))
+    for s in found.stages(main)
+  )
+  trained = next(filter(None, counted), None)
   held_out = found.section(main, 'data').get('validation')
   names = ', '.join(map(dataset_text, work.datasets())) or 'unknown'
   seeds = [
@@ -82,17 +88,6 @@ def _count(found: Any) -> str:
 def _tested(records: Sequence[Record]) -> str:
   found = [r['n'] for r in records if isinstance(r.get('n'), int)]
   return _count(max(found, default=None))
-
-
-def _images_an_epoch(found: Reproduction) -> int | None:
-  """As counted from the steps of the first seed's main run."""
-  for stage in found.stages(found.main_run):
-    batch = found.section(found.main_run, stage).get('batch_size')
-    for row in found.first.metrics(found.main_run, stage)[-1:]:
-      step, epoch = row.get('step'), row['epoch']
-      if isinstance(step, int) and isinstance(batch, int) and epoch > 0:
-        return step * batch // epoch
-  return None
 
 
 def _versions(found: Reproduction) -> list[str]:

@@ -25,7 +25,9 @@ from rocl_jax.report.text import (
   plain,
   sparsity,
   table,
+  told,
 )
+from rocl_jax.report.verdicts import MARK, notes
 
 ATTACKS = {'pgd10': 'PGD-10', 'pgd20': 'PGD-20', 'autoattack': 'AutoAttack'}
 
@@ -96,12 +98,15 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
   """A table of the paper by stage: top-1, then top-5 where the paper has it."""
   seeds = len(found.seeds)
   first, second, missing, others = [], [], [], []
+  shown: dict[str, None] = {}  # what is to be said of them
   fewer: dict[str, None] = {}  # images under PGD-20, where not all had it
   for row in rows:
     wanted = Model(row['row'], row['stage'])
     model = found.holder(*wanted)
     measured = {a: found.records(model, a) for a in ('pgd10', 'pgd20')}
     usual = measured['pgd10']
+    said = notes(list(usual.values()))
+    shown |= dict.fromkeys(said)
     what = f'{row["method"]}, {row["stage"]}'
     if not usual:
       missing.append(f'{what} ({model})')
@@ -115,7 +120,7 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
     first.append(
       [
         row['method'],
-        row['stage'],
+        row['stage'] + (f' {MARK}' if said else ''),
         *(number(row[key]) for key in _TOP1),
         *(number(row[f'last_{key}']) for key in _TOP1),
         *(v.text(seeds) for v in (clean, *robust.values())),
@@ -143,6 +148,7 @@ def _table(out: Writer, found: Reproduction, rows: list[Record]) -> None:
     header += ['here: clean top-5', 'PGD-10 top-5']
     header += ['here − paper: clean', 'robust']
     out.text(table(header, second, 2))
+  out.text(*map(md, shown))
   _notes(out, 'Under PGD-20 here, another n', [*fewer])
   _notes(out, 'Made by another run', others)
   _notes(out, 'Not measured', missing)
@@ -280,6 +286,7 @@ def _under_attack(found: Reproduction, model: Model) -> list[str]:
 def baselines(out: Writer, found: Reproduction) -> None:
   """Ours beside the paper's: as many weights, and as many epochs."""
   rows = []
+  shown: dict[str, None] = {}
   for kept in (90, 99):
     models = [Model(f'ours_{kept}', 'finetune')]
     models += [Model(f'magnitude_{kept}', s) for s in ('finetune', 'prune')]
@@ -292,12 +299,14 @@ def baselines(out: Writer, found: Reproduction) -> None:
       what = (
         f'{model.run}, not trained' if model.stage == 'prune' else model.run
       )
+      said = notes(list(records.values()))
+      shown |= dict.fromkeys(said)
       one = next(iter(records.values()))
       weights = sum(n for _, n in found.layers(model).values())
       size = packed(found, model)
       rows.append(
         [
-          what,
+          what + (f' {MARK}' if said else ''),
           sparsity(one.get('sparsity')),
           f'{weights:,}' if weights else '–',
           f'{size:,}' if size else '–',
@@ -315,9 +324,11 @@ def baselines(out: Writer, found: Reproduction) -> None:
     'network of about as many weights, trained as long as all three stages. '
     'Bytes: packed, see “Accuracy against size”.',
     table(header, rows, 1),
+    *map(md, shown),
   )
 
 
+@told
 def terminal_table(found: Reproduction) -> str:
   """The last model of each run in plain text, the paper's figures beside."""
   seeds = len(found.seeds)

@@ -307,7 +307,8 @@ def _read_metrics(path: Path) -> list[Record]:
       continue
     try:
       row = json.loads(line)
-      rows[int(row['epoch'])] = row
+      epoch = int(row['epoch'])
+      rows[epoch] = row | {'epoch': epoch}
     except (
       *(ValueError, TypeError, KeyError),
       *(OverflowError, RecursionError),  # Infinity, and brackets in brackets
@@ -377,6 +378,7 @@ class Workdir:
     }
     records = self._all('results.json', _read_results)
     last, there = newest(records), self._weights([main, *others.values()])
+    self._there = there
     self.records, self.superseded = apart(merge([records]), last, there)
     self.split = main_split(self.records)
     self.headline = find_headline(self.records, self.split)
@@ -456,6 +458,12 @@ class Workdir:
           return run
     recorded = [r for r in runs_in_order(self.records) if r not in others]
     return recorded[0] if recorded else 'ours'
+
+  def counts(self, model: Record) -> bool:
+    """Whether it has the weights that its folder has, if that is known."""
+    named = {'run': '', 'stage': '', 'selection': 'last'} | model
+    there, own = self._there.get(key_of(named)), model.get('fingerprint')
+    return not there or own is None or own in there
 
   def metrics(self, run: str, stage: str) -> list[Record]:
     return self._of_stage(run, stage, 'metrics.jsonl', _read_metrics, [])

@@ -210,6 +210,8 @@ class Reproduction:
         and (r['target'].get('run'), r['target'].get('stage')) == self.last(run)
         and r['target'].get('selection', 'last') == 'last'
         and (r['masked'], r['split']) == (masked, SPLIT)
+        and work.counts(r['source'])
+        and work.counts(r['target'])
       ]
       # PGD-10 as in the paper's table, where there is a choice.
       if known:

@@ -39,6 +39,7 @@ from rocl_jax.report.text import (
   sparsity,
   table,
   terminal,
+  told,
 )
 from rocl_jax.report.verdicts import MARK, collapse, marked, notes
 
@@ -171,6 +172,7 @@ def _caption(
   )
 
 
+@told
 def terminal_table(records: Sequence[Record]) -> str:
   """The main table in plain text, for the end of a training run."""
   last = newest(records)
@@ -206,6 +208,7 @@ def _stronger(
   ]
 
 
+@told
 def evaluation_table(records: Sequence[Record]) -> str:
   """All records of one evaluation in plain text, a row each.
 
@@ -226,6 +229,7 @@ def evaluation_table(records: Sequence[Record]) -> str:
   return '\n'.join([aligned(rows, set(range(len(texts) + 1))), *lines])
 
 
+@told
 def transfer_table(records: Sequence[Record]) -> str:
   """Transfer attacks in plain text: made on the first, scored on the second."""
   header = ('made on', 'scored on', 'split', 'n', 'attack')

@@ -1,6 +1,7 @@
 """Numbers, attacks and tables as text, and the file they go to."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -149,6 +150,19 @@ def table(
 
 def _cell(text: str) -> str:
   return text if isinstance(text, Markup) else md(text)
+
+
+def told(make: Callable[..., str]) -> Callable[..., str]:
+  """A table for a terminal, or why there is none: no run ends for it."""
+
+  @functools.wraps(make)
+  def made(*args: Any) -> str:
+    try:
+      return make(*args)
+    except Exception as error:
+      return terminal(printable(f'No table: {cause(error)}'))
+
+  return made
 
 
 _WIDEST = 100  # characters of a cell

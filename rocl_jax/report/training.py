@@ -112,7 +112,7 @@ def recipes(out: Writer, work: Workdir) -> None:
     source = _section(config, 'data').get('source')
     dataset = next((m['dataset'] for m in models if m.get('dataset')), source)
     epochs, taken = [], 0.0
-    images, about = [m.get('train_images') for m in models], ''
+    images, about = [m.get('train_images') for m in models], None
     attacks: dict[str, list[str]] = {}
     for stage, model in zip(stages, models, strict=True):
       settings, measured = _section(config, stage), work.metrics(run, stage)
@@ -126,14 +126,17 @@ def recipes(out: Writer, work: Workdir) -> None:
       epochs.append(f'{stage} {text}')
       attacks.setdefault(_against(settings), []).append(stage)
       taken += sum(x for x in column(measured, 'seconds') if math.isfinite(x))
-      about = about or _images_an_epoch(settings, measured)
+      about = about or images_an_epoch(settings, measured)
     if any(models) or taken:
       rows.append(
         [
           run,
           short_dataset(dataset) if dataset else '–',
           plain(source),
-          next((f'{n:,}' for n in images if isinstance(n, int)), about or '–'),
+          next(
+            (f'{n:,}' for n in images if isinstance(n, int)),
+            f'about {about:,}' if about else '–',
+          ),
           ', '.join(epochs),
           '; '.join(
             f'{what} ({", ".join(on)})' for what, on in attacks.items()
@@ -158,14 +161,16 @@ def _section(config: Mapping, name: str) -> Mapping:
   return found if isinstance(found, Mapping) else {}
 
 
-def _images_an_epoch(settings: Mapping, measured: Sequence[Record]) -> str:
-  """'about 48' by the steps and the batch; '' where unknown."""
+def images_an_epoch(
+  settings: Mapping, measured: Sequence[Record]
+) -> int | None:
+  """As counted from the steps and the batch."""
   batch = settings.get('batch_size')
   for row in measured[-1:]:
     step, epoch = row.get('step'), row['epoch']
     if isinstance(step, int) and isinstance(batch, int) and epoch > 0:
-      return f'about {step * batch // epoch:,}'
-  return ''
+      return step * batch // epoch
+  return None
 
 
 def _against(settings: Mapping) -> str:

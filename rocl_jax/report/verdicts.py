@@ -33,9 +33,12 @@ def collapse(record: Record) -> tuple[str, str] | None:
   if counts is None and matrix:
     n = n or [sum(row) for row in matrix]
     counts = np.sum(matrix, axis=0)
-  if counts is None or n is None or not (sum(n) and sum(counts)):
+  if counts is None or n is None:
     return None
-  labels, found = np.array(n, float), np.array(counts, float)
+  labels = np.nan_to_num(np.array(n, float))
+  found = np.nan_to_num(np.array(counts, float))
+  if not (labels.any() and found.any()):
+    return None
   total, which = labels.sum(), 'attacked images' if crowded else 'images'
   k = int(found.argmax())
   others, surplus = total - labels[k], found[k] - labels[k]
