@@ -271,8 +271,9 @@ def introduction(out: Writer, work: Workdir) -> None:
     text += f', {sizes[0]:,} parameters'
   lines.append(f'- Network: {md(text)}')
   prune = config.get('prune')
-  if isinstance(prune, Mapping) and isinstance(prune.get('keep'), int | float):
-    lines.append(f'- Pruning keeps {100 * prune["keep"]:.4g} % of the weights')
+  keep = prune.get('keep') if isinstance(prune, Mapping) else None
+  if isinstance(keep, int | float) and 'prune' in work.stages(work.main_run):
+    lines.append(f'- Pruning keeps {100 * keep:.4g} % of the weights')
   if 'seed' in config:
     lines.append(f'- Seed: {md(config["seed"])}')
   for record in work.records:

@@ -302,7 +302,7 @@ def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
   except (FileExistsError, IsADirectoryError, NotADirectoryError) as e:
     raise UserError(
-      f'{e.filename}: in the way of the report: {e.strerror}'
+      f'{e.filename2 or e.filename}: in the way of the report: {e.strerror}'
     ) from None
   finally:
     with contextlib.suppress(OSError):
