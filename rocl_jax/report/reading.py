@@ -107,12 +107,11 @@ def _read_results(path: Path) -> list[Record]:
   for i, record in enumerate(records):
     where = f'{path}: record {i}'
     _require(where, record, MODEL)
-    names = ('attack', 'norm', 'corruption')
+    names = ('attack', 'norm', 'corruption', 'dtype', 'fingerprint')
     _require(where, record, dict.fromkeys(names, (str, type(None))))
     numbers = ('eps', 'n', 'sparsity', 'parameters', 'invalid', 'clean_invalid')
     _require(where, record, dict.fromkeys(numbers, NUMBER_OR_NOT))
     _require(where, record, {'everyone': (bool, type(None))})
-    _require(where, record, {'fingerprint': (str, type(None))})
     _require(where, record, {'config': (dict, type(None))})
     for key in ACCURACIES:
       x = record.get(key)
@@ -191,7 +190,8 @@ def _read_audit(path: Path) -> list[Record]:
   for i, audit in enumerate(audits):
     where = f'{path}: audit {i}'
     _require(where, audit, MODEL | {'attack': str, 'n': int})
-    texts = dict.fromkeys(('norm', 'fingerprint'), (str, type(None)))
+    names = ('norm', 'dtype', 'fingerprint')
+    texts = dict.fromkeys(names, (str, type(None)))
     _require(where, audit, texts | {'eps': NUMBER_OR_NOT})
     check = {'check': str, 'passed': bool}
     _require_list(f'{where}: checks', audit.get('checks', []), check, 'check')
@@ -377,7 +377,7 @@ class Workdir:
       and (stages := _stage_folders(folder))
     }
     records = self._all('results.json', _read_results)
-    last, there = newest(records), self._weights([main, *others.values()])
+    last, there = newest(records), self._weights({'': main} | others)
     self._there = there
     self.records, self.superseded = apart(merge([records]), last, there)
     self.split = main_split(self.records)
@@ -423,13 +423,13 @@ class Workdir:
     return [record for file in files for record in self.read(file, read, [])]
 
   def _weights(
-    self, stages: Sequence[Mapping[str, Path]]
+    self, runs: Mapping[str, Mapping[str, Path]]
   ) -> dict[Key, dict[str, str]]:
     """Of each model, the fingerprints in its stage's folder, or else in any.
 
     Each has a name, the folder's.
     """
-    own = {folder for found in stages for folder in found.values()}
+    own = {folder: run for run, x in runs.items() for folder in x.values()}
     homes: dict[Key, dict[str, str]] = {}
     others: dict[Key, dict[str, str]] = {}
     for file in _found(self.path, 'model.json'):
@@ -439,7 +439,7 @@ class Workdir:
         model.setdefault('selection', 'last')
         folder = file.parent
         folder = folder.parent if folder.name == 'model' else folder
-        home = folder in own or folder.parent in own
+        home = own.get(file.parent.parent) in ('', model['run'])
         name = folder.relative_to(self.path).as_posix()
         known = (homes if home else others).setdefault(key_of(model), {})
         known[model['fingerprint']] = name

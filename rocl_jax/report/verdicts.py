@@ -68,26 +68,28 @@ def collapse(record: Record) -> tuple[str, str] | None:
 
 def notes(records: Sequence[Record]) -> list[str]:
   """A line for each reason not to take a number for what it seems."""
-  lines: dict[str, None] = {}
+  lines: dict[tuple, str] = {}  # of several splits or attacks the first
   for record in records:
     model = f'{record.get("run")}, {record.get("stage")}'
     if record.get('selection', 'last') != 'last':
       model += f', {record["selection"]}'
     collapsed = collapse(record)
     if collapsed:
-      lines[
+      lines.setdefault(
+        (model,),
         f'{MARK} {model}: {collapsed[1]}. What seems robust is an answer that '
-        'hardly depends on the image.'
-      ] = None
+        'hardly depends on the image.',
+      )
     for key, when in (('clean_invalid', 'without attack'), ('invalid', '')):
       if record.get(key):
         when = when or f'under {record.get("attack")}'
-        lines[
+        lines.setdefault(
+          (model, when),
           f'{MARK} {model}: {record[key]} of {plain(record.get("n"))} images '
           f'have logits that are not numbers {when}; they count neither as '
-          'robust nor as broken by the attack.'
-        ] = None
-  return list(lines)
+          'robust nor as broken by the attack.',
+        )
+  return list(lines.values())
 
 
 def marked(record: Record) -> str:
