@@ -522,7 +522,7 @@ def test_what_is_not_to_be_believed_is_marked(tmp_path):
     if (found['run'], found['stage']) == ('magnitude_90', 'prune'):
       found['confusion'] = [[1000, *[0] * 9]] * 10
       found['clean_top1'] = 10.0
-    if (found['run'], found['stage']) == ('ours_90', 'prune'):
+    if found['run'] == 'ours_90' and found['stage'] in ('prune', 'finetune'):
       found['invalid'] = 3
   path.write_text(json.dumps(records))
   text = text_of(tmp_path, paper.tables, paper.baselines)
@@ -530,7 +530,10 @@ def test_what_is_not_to_be_believed_is_marked(tmp_path):
   assert '⚠ ours_90, prune: 3 of 10000 images have logits that are' in text
   assert '| magnitude_90, not trained ⚠ | 90 |' in text
   assert '⚠ magnitude_90, prune: predictions collapse: 100 % of all' in text
-  assert text.count('⚠') == 4
+  assert text.count(' ⚠ |') == 6
+  table = paper.terminal_table(Reproduction(tmp_path))
+  assert re.search('ours_90 +finetune ⚠ ', table)
+  assert '\n⚠ ours_90, finetune: 3 of 10000 images' in table
 
 
 def test_transfer_to_weights_of_before_does_not_count(tmp_path):

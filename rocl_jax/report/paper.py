@@ -23,8 +23,10 @@ from rocl_jax.report.text import (
   md,
   number,
   plain,
+  printable,
   sparsity,
   table,
+  terminal,
   told,
 )
 from rocl_jax.report.verdicts import MARK, notes
@@ -333,6 +335,7 @@ def terminal_table(found: Reproduction) -> str:
   """The last model of each run in plain text, the paper's figures beside."""
   seeds = len(found.seeds)
   rows = [['run', 'stage', 'paper: clean', 'robust', 'here: clean', 'PGD-10']]
+  shown: dict[str, None] = {}
   for run in found.runs:
     model = found.last(run)
     if model is None:
@@ -340,5 +343,9 @@ def terminal_table(found: Reproduction) -> str:
     paper, records = paper_row(model), found.records(model, 'pgd10')
     figures = [number(paper.get(key)) for key in _TOP1]
     figures += [value(records, key).text(seeds) for key in _TOP1]
-    rows.append([*model, *figures])
-  return aligned(rows, {0, 1})
+    said = notes(list(records.values()))
+    shown |= dict.fromkeys(said)
+    stage = model.stage + (f' {MARK}' if said else '')
+    rows.append([model.run, stage, *figures])
+  lines = map(terminal, map(printable, shown))
+  return '\n'.join([aligned(rows, {0, 1}), *lines])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -328,7 +329,11 @@ def _read_metrics(path: Path) -> list[Record]:
 def _stage_folders(folder: Path) -> dict[str, Path]:
   """The `<k>_<stage>` folders, in the order of k."""
   found = []
-  for path in folder.iterdir():
+  try:
+    paths = list(folder.iterdir())
+  except OSError:  # not ours to read
+    return {}
+  for path in paths:
     match = STAGE_FOLDER.fullmatch(path.name)
     if match and path.is_dir():
       found.append((int(match[1]), match[2], path))
@@ -337,8 +342,8 @@ def _stage_folders(folder: Path) -> dict[str, Path]:
 
 def _found(workdir: Path, name: str) -> list[Path]:
   """All files of a name, the oldest first."""
-  files = [path for path in workdir.rglob(name) if path.is_file()]
-  return sorted(files, key=lambda p: (p.stat().st_mtime_ns, str(p)))
+  files = workdir.rglob(name)
+  return sorted(files, key=lambda p: (p.lstat().st_mtime_ns, str(p)))
 
 
 class Workdir:
@@ -409,7 +414,7 @@ class Workdir:
     if path not in self._known:
       self._known[path] = empty
       try:
-        if path.is_file():
+        if os.path.lexists(path):
           self._known[path] = read(path)
       except UserError as error:
         self.problems.append(' '.join(str(error).split()))

@@ -125,7 +125,10 @@ def _main_row(record: Record, headline: tuple | None) -> list[str]:
 
 
 def _strong(records: Sequence[Record], record: Record) -> Record | None:
-  """AutoAttack of the same model in the same ball, on the most images."""
+  """AutoAttack of the same model in the same ball, on the most images; None
+  beside itself."""
+  if record.get('attack') == 'autoattack':
+    return None
   same = ('run', 'stage', 'selection', 'fingerprint', 'split', 'norm', 'eps')
   found = [
     r
@@ -144,8 +147,7 @@ def _beside(
   """The main table, with AutoAttack's column where any row has it."""
   if not any(strong):
     return list(header), list(rows)
-  place = header.index('attack')
-  n = header.index('n')
+  place, n = header.index('attack'), header.index('n')
   cells = []
   for row, record in zip(rows, strong, strict=True):
     cell = '–'
@@ -187,7 +189,7 @@ def terminal_table(records: Sequence[Record]) -> str:
         shown.append(record)
   if not shown:
     return 'No evaluation yet.'
-  strong = _stronger(records, shown)
+  strong = [_strong(records, record) for record in shown]
   header, rows = _beside(
     MAIN_HEADER, [_main_row(r, headline) for r in shown], strong
   )
@@ -196,16 +198,6 @@ def terminal_table(records: Sequence[Record]) -> str:
   lines += [_caption(shown, split, headline)]
   lines += notes([*shown, *filter(None, strong)])
   return '\n'.join([lines[0], *map(terminal, map(printable, lines[1:]))])
-
-
-def _stronger(
-  records: Sequence[Record], shown: Sequence[Record]
-) -> list[Record | None]:
-  """AutoAttack beside each row that is not AutoAttack itself."""
-  return [
-    None if r.get('attack') == 'autoattack' else _strong(records, r)
-    for r in shown
-  ]
 
 
 @told
@@ -314,7 +306,7 @@ def main_results(out: Writer, work: Workdir) -> list[Record]:
       if record:
         shown.append(record)
         rows.append(_main_row(record, headline))
-        strong += _stronger(work.records, [record])
+        strong.append(_strong(work.records, record))
         continue
       if stage == 'pretrain':
         state = 'no classifier in this stage'

@@ -57,11 +57,11 @@ def eps_text(eps: Any) -> str:
 
 
 def dataset_text(name: Any) -> str:
-  return DATASETS.get(name, str(name)) if name else 'unknown'
+  return DATASETS.get(str(name), str(name)) if name else 'unknown'
 
 
 def short_dataset(name: Any) -> str:
-  return SHORT_DATASETS.get(name, str(name))
+  return SHORT_DATASETS.get(str(name), str(name))
 
 
 def attack_text(record: Record) -> str:
@@ -93,8 +93,9 @@ def accuracies(record: Record) -> list[str]:
 
 def column(rows: Sequence[Record], key: str) -> list[float]:
   """The numbers under a key, NaN where there is none."""
-  values = (row.get(key) for row in rows)
-  return [float(v) if isinstance(v, int | float) else math.nan for v in values]
+  values: list[Any] = [row.get(key) for row in rows]
+  known = lambda v: isinstance(v, float) or (type(v) is int and abs(v) < 2**63)
+  return [float(v) if known(v) else math.nan for v in values]
 
 
 class Markup(str):

@@ -149,7 +149,7 @@ def recipes(out: Writer, work: Workdir) -> None:
     header += ['epochs', 'loss and attack in training', 'time']
     out.text(
       '## How each run was trained',
-      'Its own stages alone. Time: of the epochs, by the clock, compilation '
+      'Its own stages alone. Time: wall time in training, compilation '
       'included, evaluation not; of an epoch that was interrupted the last '
       'part alone.',
       table(header, rows, len(header) - 1),
