@@ -530,7 +530,7 @@ def test_what_is_not_to_be_believed_is_marked(tmp_path):
   assert '⚠ ours_90, prune: 3 of 10000 images have logits that are' in text
   assert '| magnitude_90, not trained ⚠ | 90 |' in text
   assert '⚠ magnitude_90, prune: predictions collapse: 100 % of all' in text
-  assert text.count(' ⚠ |') == 6
+  assert text.count(' ⚠ |') == 5
   table = paper.terminal_table(Reproduction(tmp_path))
   assert re.search('ours_90 +finetune ⚠ ', table)
   assert '\n⚠ ours_90, finetune: 3 of 10000 images' in table
