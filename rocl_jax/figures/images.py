@@ -49,7 +49,9 @@ def examples(
   figure.suptitle(title, fontsize=11, color=INK)
 
   def name(index: int) -> str:
-    known = 0 <= index < len(class_names)
+    if index < 0:  # see `logits.INVALID`
+      return 'no answer'
+    known = index < len(class_names)
     return short(str(class_names[index]), 14) if known else str(index)
 
   for column, (image, (clean, adversarial)) in enumerate(
