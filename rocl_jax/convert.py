@@ -27,7 +27,7 @@ from rocl_jax import command
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError
 from rocl_jax.progress import say
-from rocl_jax.remote import is_remote
+from rocl_jax.files import is_remote
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.remote import is_remote
+from rocl_jax.files import is_remote
 from rocl_jax.settings import FieldError, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rocl_jax import data, evaluation, metrics, models, stream
 from rocl_jax.errors import UserError, nearest
-from rocl_jax.remote import is_remote
+from rocl_jax.files import is_remote
 from rocl_jax.settings import at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training

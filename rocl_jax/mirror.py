@@ -37,10 +37,10 @@ from etils import epath
 
 from rocl_jax import interruption, processes, workdir
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import cache_folder
+from rocl_jax.files import cache_folder, exists, is_remote, reading
 from rocl_jax.manifest import MANIFEST, Damaged, verify
 from rocl_jax.progress import say, warn
-from rocl_jax.remote import Remote, is_remote, told
+from rocl_jax.remote import Remote, told
 
 _TURN = 15.0  # seconds between pushes, and between signs of life
 _FIRST = 1.0  # second after which the first sign of life goes

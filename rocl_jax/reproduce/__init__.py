@@ -11,7 +11,7 @@ from rocl_jax import data, evaluate, pipeline, published, report
 from rocl_jax import workdir as folders
 from rocl_jax.errors import RunFailed, UserError, nearest
 from rocl_jax.experiment import Run, parse_experiment
-from rocl_jax.remote import is_remote
+from rocl_jax.files import is_remote
 from rocl_jax.report.reproduction import SURROGATE
 from rocl_jax.reproduce import forecast
 
