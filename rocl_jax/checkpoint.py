@@ -112,8 +112,8 @@ class States:
       return step, arrays, about['rows']
     if exists(self._directory / _DAMAGED):
       raise RunFailed(
-        f'{shown(self._directory)}: no save is whole, all were set aside; delete '
-        'that folder to train the stage from its start'
+        f'{shown(self._directory)}: no save is whole, all were set aside; '
+        'delete that folder to train the stage from its start'
       )
     return None
 
@@ -286,6 +286,7 @@ def difference(found: dict[str, str], asked: dict[str, str]) -> str:
   more = f', and {len(apart) - 3} more' if len(apart) > 3 else ''
   return '; '.join(told) + more
 
+
 def set_aside(path: epath.Path) -> epath.Path:
   """Moves a damaged folder to `damaged/` beside it; returns where it is."""
   folder = path.parent / _DAMAGED
@@ -455,4 +456,6 @@ def _why(folder, arrays, error):
   reason = one_line(error)
   needed, free = sum(x.nbytes for x in arrays.values()), _free(folder)
   room = '' if free is None else f', {free / 1e6:.1f} MB are free'
-  return f'{shown(folder)}: {reason:.200} ({needed / 1e6:.1f} MB to write{room})'
+  return (
+    f'{shown(folder)}: {reason:.200} ({needed / 1e6:.1f} MB to write{room})'
+  )

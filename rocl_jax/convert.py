@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from rocl_jax import command
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError
-from rocl_jax.progress import say
 from rocl_jax.files import is_remote
+from rocl_jax.progress import say
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 
@@ -193,7 +193,7 @@ def convert(
       network, or something is at `out`.
     RunFailed: it could not be written.
   """
-  from rocl_jax import checkpoint, results, torch_file
+  from rocl_jax import checkpoint, provenance, results, torch_file
   from rocl_jax.experiment import parse_experiment
   from rocl_jax.stages import STAGES, prune
 
@@ -224,7 +224,7 @@ def convert(
     'class_names': list(CIFAR10_CLASSES),
     'image_shape': list(IMAGE_SHAPE),
     'config': run.config | {'name': 'published', 'stages': (stage,)},
-    'versions': results.versions(),
+    'versions': provenance.versions(),
     'converted_from': epath.Path(checkpoint_file).name,
   }
   checkpoint.save_model(path, converted, about | results.identity(converted))

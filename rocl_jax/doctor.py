@@ -17,9 +17,8 @@ from etils import epath
 
 from rocl_jax import command, manifest, workdir
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import read_json
+from rocl_jax.files import is_remote, read_json
 from rocl_jax.manifest import Damaged
-from rocl_jax.files import is_remote
 
 _MODELS = ('model', 'best_validation', 'best_test')
 _STAGE = re.compile(r'\d+_\w+')

@@ -77,7 +77,9 @@ def verify(folder: epath.Path) -> dict[str, Any]:
     except OSError:
       raise Damaged(f'{shown(path)}: missing') from None
     if size != wanted['bytes']:
-      raise Damaged(f'{shown(path)}: has {size} bytes, wanted {wanted["bytes"]}')
+      raise Damaged(
+        f'{shown(path)}: has {size} bytes, wanted {wanted["bytes"]}'
+      )
     if digest != wanted['sha256']:
       raise Damaged(f'{shown(path)}: its bytes are not those that were written')
   return content['about']

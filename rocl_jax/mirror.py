@@ -37,7 +37,7 @@ from etils import epath
 
 from rocl_jax import interruption, processes, workdir
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import cache_folder, exists, is_remote, reading
+from rocl_jax.files import cache_folder, is_remote
 from rocl_jax.manifest import MANIFEST, Damaged, verify
 from rocl_jax.progress import say, warn
 from rocl_jax.remote import Remote, told

@@ -13,8 +13,8 @@ from etils import epath
 
 from rocl_jax import checkpoint, models
 from rocl_jax.errors import UserError
-from rocl_jax.progress import say
 from rocl_jax.files import is_remote
+from rocl_jax.progress import say
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 
