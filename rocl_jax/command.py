@@ -7,7 +7,6 @@ SIGTERM; anything else is a bug of ours and comes with its stack trace.
 
 import ast
 import contextlib
-import errno
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.errors import RunFailed, UserError, nearest, of_disk
 from rocl_jax.interruption import Interrupted
 
 BUG, USER_ERROR, RUN_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -82,10 +81,8 @@ def run(
     _exit(program, again, INTERRUPTED)
   except BrokenPipeError:  # who read the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except OSError as e:
-    if e.errno not in _DISK:
-      _bug(program, e)
-    _exit(program, f'{e.filename or "disk"}: {e.strerror}', RUN_FAILED)
+  except OSError as e:  # of a disk, or a network: full, away, not ours
+    _exit(program, _gone() or of_disk(e), RUN_FAILED)
   except Exception as e:
     if 'RESOURCE_EXHAUSTED' in str(e):
       reason = str(e).splitlines()[0]
@@ -98,20 +95,21 @@ def run(
     _bug(program, e)
 
 
-# Of a file system: full, out of quota, away, read-only, not ours.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
-
-
 def _bug(program: str, error: Exception) -> NoReturn:
   """Ends with a stack trace, unless another process is why."""
-  group = sys.modules.get('rocl_jax.processes')
-  gone = group.explain() if group else None
-  if gone:  # that is why a collective failed
+  if gone := _gone():
     _exit(program, gone, RUN_FAILED)
+  group = sys.modules.get('rocl_jax.processes')
   if group and group.count() > 1:
     traceback.print_exception(error)
     group.leave(BUG, f'{type(error).__name__}: {error}')
   raise error
+
+
+def _gone() -> str | None:
+  """Which other process is gone, where that is why something failed."""
+  group = sys.modules.get('rocl_jax.processes')
+  return group.explain() if group else None
 
 
 def _program(path):

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from rocl_jax.cluster import Member
-from rocl_jax.errors import RunFailed, UserError, one_line
+from rocl_jax.errors import RunFailed, UserError, of_disk, one_line
 from rocl_jax.trees import flatten
 
 SILENCE = 20.0  # seconds without a sign of life
@@ -189,7 +189,9 @@ def from_first(function: Callable[[], T]) -> T:
       value = function()
     except (UserError, RunFailed) as e:
       problem = e
-    except Exception as e:  # a bug, or a disk: the others must not wait
+    except OSError as e:
+      problem = RunFailed(of_disk(e))
+    except Exception as e:  # a bug: the others must not wait
       traceback.print_exc()
       problem = RunFailed(f'{type(e).__name__}: {e}')
     content = pickle.dumps((value, problem))
