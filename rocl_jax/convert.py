@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from rocl_jax import command
 from rocl_jax.data.records import CIFAR10_CLASSES
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 from rocl_jax.files import is_remote
 from rocl_jax.progress import say
 from rocl_jax.settings import parse
@@ -232,15 +232,18 @@ def convert(
 
 
 def main(_: list[str]) -> None:
+  from rocl_jax import mesh
+
   given = flags.FLAGS
+  mesh.check_devices()
   path = convert(given.config, given.checkpoint, given.out, given.stage)
-  print(f'{path}: python -m rocl_jax.evaluate --model={path}')
+  print(f'{shown(path)}: python -m rocl_jax.evaluate --model={shown(path)}')
 
 
 if __name__ == '__main__':
   command.define_config()
-  flags.DEFINE_string('checkpoint', None, 'File that torch.save wrote.')
-  flags.DEFINE_string('out', None, 'Model folder to write.')
+  command.define_path('checkpoint', None, 'File that torch.save wrote.')
+  command.define_path('out', None, 'Model folder to write.')
   flags.DEFINE_string('stage', 'supervised', 'Stage that it was trained for.')
   command.run(
     main, usage=__doc__ or '', required=('config', 'checkpoint', 'out')

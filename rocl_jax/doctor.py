@@ -65,12 +65,12 @@ def examine(path: epath.Path) -> Findings:
     seeds = [p.name for p in entries(path) if p.name.startswith('seed')]
     if seeds:
       raise UserError(
-        f'{shown(path)}: a reproduction; wanted one of its work directories, such as '
-        f'{shown(path / seeds[0])}'
+        f'{shown(path)}: a reproduction; wanted one of its work directories, '
+        f'such as {shown(path / seeds[0])}'
       )
     raise UserError(
-      f'{shown(path)}: neither a work directory (no config.json) nor a model folder '
-      '(no model.json)'
+      f'{shown(path)}: neither a work directory (no config.json) nor a '
+      'model folder (no model.json)'
     )
   config = _json(found, path / 'config.json', dict)
   found.lines.append(('run', _run_line(config)))

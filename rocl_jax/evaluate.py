@@ -4,7 +4,9 @@ r"""Evaluates saved models, and audits what it finds.
       --config=configs/eval.py:standard
 
 --model=FOLDER[,FOLDER]    model folders, with their own masks; also
-                           gs://bucket/run/4_finetune/model
+                           gs://bucket/run/4_finetune/model. May be given
+                           several times; a folder that is there may have
+                           commas in its name
 --config=FILE[:SUITE]      attacks and images: configs/eval.py:paper, :quick,
                            :standard, :transfer and others, see there, or any
                            one attack; --config.FIELD=VALUE overrides
@@ -29,8 +31,8 @@ from ml_collections import ConfigDict
 from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import is_remote
-from rocl_jax.settings import FieldError, one_of, parse, within
+from rocl_jax.files import is_remote, places
+from rocl_jax.settings import FieldError, Place, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
 CLAIM = 'evaluation.json'  # who writes beside a model, see `workdir`
@@ -46,7 +48,7 @@ class DataOverride:
   """
 
   source: str
-  dir: str
+  dir: Place
 
   def __post_init__(self):
     if self.source:
@@ -80,7 +82,7 @@ class Transfer:
       as the published Table 4 did.
   """
 
-  surrogates: tuple[str, ...]
+  surrogates: tuple[Place, ...]
   matrix: bool
   unmasked: bool
 
@@ -333,12 +335,13 @@ def _check_folder(folder):
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, interruption, report
+  from rocl_jax import compiled, interruption, mesh, report
   from rocl_jax.audit import failed
 
+  mesh.check_devices()
   interruption.install('stopped; the same command goes on where it was')
   compiled.keep_programs()
-  folders = [x for x in flags.FLAGS.model.split(',') if x]
+  folders = [x for text in flags.FLAGS.model for x in places(text)]
   found = evaluate(flags.FLAGS.config, folders)
   print(report.evaluation_table(found.records))
   if found.transfers:
@@ -359,5 +362,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   command.define_config()
-  flags.DEFINE_string('model', None, 'Model folders.')
+  flags.DEFINE_multi_string('model', None, 'Model folders.')
   command.run(main, usage=__doc__ or '', required=('config', 'model'))

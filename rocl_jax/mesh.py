@@ -6,9 +6,39 @@ the whole batch, so NT-Xent's negatives and BatchNorm's statistics are global.
 
 import jax
 import numpy as np
+from jax.extend import backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rocl_jax.errors import UserError
+from rocl_jax.errors import RunFailed, UserError, one_line
+
+
+def check_devices() -> None:
+  """To be called before any device work, and after `processes.start`.
+
+  Raises:
+    UserError: JAX was told to use devices that are not there.
+    RunFailed: it finds none at all.
+  """
+  try:
+    jax.devices()
+    return
+  except Exception as e:  # whatever a plugin raises
+    why = one_line(e)
+  asked = jax.config.values.get('jax_platforms')
+  if not asked:
+    raise RunFailed(f'JAX finds no device: {why}')
+  backend.clear_backends()
+  jax.config.update('jax_platforms', None)
+  try:
+    there = {device.platform for device in jax.devices()}
+  except Exception:
+    there = {'nothing'}
+  finally:
+    jax.config.update('jax_platforms', asked)
+  raise UserError(
+    f'JAX_PLATFORMS: found {asked}, which JAX can not use here ({why}); there '
+    f'is {", ".join(sorted(there))}: wanted that, or no JAX_PLATFORMS'
+  )
 
 
 def make_mesh() -> Mesh:
