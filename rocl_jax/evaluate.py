@@ -189,7 +189,7 @@ def _local_folders(
 
 
 def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
-  from rocl_jax import saved, transfer, workdir
+  from rocl_jax import mesh, saved, transfer, workdir
 
   load = functools.partial(saved.load, dtype=settings.dtype)
   loaded = [load(folder, '--model') for folder in folders]
@@ -206,7 +206,9 @@ def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
     _check_folder(one.folder.parent)
     if settings.transfer.unmasked:
       transfer.dense_variables(one)
+  dtypes = [one.network.settings.dtype for one in (*models, *surrogates)]
   with contextlib.ExitStack() as held:  # one evaluation a folder at a time
+    held.enter_context(mesh.counting_in(dtypes))
     for folder in sorted({one.folder.parent for one in models}):
       held.enter_context(workdir.claim(folder, '--model', CLAIM))
     return _evaluate(settings, models, surrogates, splits, about_splits)

@@ -46,7 +46,7 @@ from rocl_jax.errors import RunFailed, UserError, nearest, shown
 from rocl_jax.experiment import Experiment, Run, parse_experiment
 from rocl_jax.files import exists, read_json, write_json
 from rocl_jax.manifest import Damaged
-from rocl_jax.mesh import check_batch, make_mesh
+from rocl_jax.mesh import check_batch, counting_in, make_mesh
 from rocl_jax.mirror import mirrored
 from rocl_jax.progress import say, warn
 from rocl_jax.stages import STAGES
@@ -81,7 +81,8 @@ def run(
     Interrupted: the process was asked to stop.
   """
   experiment = parse_experiment(config)
-  with mirrored(workdir, '--workdir') as folder:
+  dtypes = [one.model.dtype for one in experiment.runs]
+  with counting_in(dtypes), mirrored(workdir, '--workdir') as folder:
     root = processes.from_first(lambda: make(folder, '--workdir'))
     with claim(root, '--workdir'):
       return _run(experiment, root, allowed)

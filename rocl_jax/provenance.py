@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
   found['processes'] = str(jax.process_count())
   if jax.default_backend() == 'cpu':
     found |= {'cpu': compiled.cpu_kind(), 'threads': str(_cores())}
-  found |= {name: str(jax.config.values.get(name)) for name in _FORMATS}
+  found |= {name: str(getattr(jax.config, name, None)) for name in _FORMATS}
   return found | _variables()
 
 
