@@ -95,11 +95,6 @@ class Changes:
         f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
         f'{change["to"]!r}'
       )
-    if any(change['field'].startswith(VERSIONS) for change in new):
-      say(
-        'the run goes on; its numbers are no longer those of a run on the same '
-        'versions, devices and settings to the bit'
-      )
     for folder, why in self._unfit.items():
       fields = dict.fromkeys(
         c['field'] for c in self.found if c['folder'] == folder
@@ -120,6 +115,11 @@ class Changes:
           'that folder and those after it, or go on with what is there: '
           f'--allow_change={",".join(fields)}'
         )
+    if any(change['field'].startswith(VERSIONS) for change in new):
+      say(
+        'the run goes on; from here on it need not be equal to the bit to one '
+        'that was never stopped'
+      )
     at = datetime.now(UTC).isoformat(timespec='seconds')
     if new and keep:
       metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

@@ -63,7 +63,8 @@ class States:
     self._failure: RunFailed | None = None
     if not processes.is_first():
       return
-    directory.mkdir(parents=True, exist_ok=True)
+    if not exists(directory):
+      directory.mkdir(parents=True, exist_ok=True)
     for path in entries(directory):  # what an interruption left over
       half = path.name.isdigit() and not manifest.is_sealed(path)
       if half or path.name.endswith((_WRITING, _OLD)):

@@ -192,6 +192,8 @@ def _parse(argv):
       return arguments
     except Exception as e:  # what config_flags raises depends on the mistake
       problem = _explain(argv, path)
+      if path is None and any(x.startswith('--config.') for x in argv):
+        problem = '--config: missing, and --config.FIELD=VALUE changes it'
       if problem is None:
         problem = one_line(e).removeprefix('FATAL Flags parsing error: ')
         if not isinstance(e, flags.Error):
