@@ -224,6 +224,8 @@ def _config_path(argv):
     elif argument in ('--config', '-config') and i + 1 < len(argv):
       found.append(argv[i + 1])
   if len(found) > 1:
+    for one in found:
+      _check_config_file(one.partition(':')[0])
     raise UserError(
       f'--config: found {len(found)} times, {" and ".join(found)}; wanted '
       'once, and --config.FIELD=VALUE for what differs'

@@ -39,6 +39,7 @@ from rocl_jax import (
   journal,
   loop,
   manifest,
+  mesh,
   metrics,
   models,
   optim,
@@ -1046,3 +1047,36 @@ def test_what_does_not_fit_is_not_offered(where, tmp_path):
   with pytest.raises(UserError, match='--allow_change=config.seed'):
     pipeline.check(one, dataset, root)
   pipeline.check(one, dataset, root, ('config.seed',))
+
+
+def test_64_bit_mode_is_left_aside_where_no_network_counts_so(capfd):
+  before = jax.config.values['jax_enable_x64']
+  jax.config.update('jax_enable_x64', True)
+  try:
+    for dtypes, wanted in ((['float32'], 'float32'), (['float64'], 'float64')):
+      with mesh.counting_in(dtypes):
+        assert jnp.zeros(2, float).dtype == wanted
+    with pytest.raises(UserError, match='found float64 and bfloat16'):
+      with mesh.counting_in(['float64', 'bfloat16']):
+        pass
+  finally:
+    jax.config.update('jax_enable_x64', before)
+  assert 'JAX_ENABLE_X64: left aside' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.ENOENT, errno.EMFILE])
+def test_trouble_of_a_disk_is_no_bug(number):
+  body = f"""
+import os, sys
+from rocl_jax import command
+def main(_):
+  raise OSError({number}, os.strerror({number}), '/some where/file')
+command.run(main, 'usage')
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', body], capture_output=True, text=True
+  )
+  assert done.returncode == 3
+  assert "'/some where/file'" in done.stderr
+  assert os.strerror(number) in done.stderr
+  assert 'Traceback' not in done.stderr
