@@ -206,10 +206,7 @@ def everything(folder):
 @pytest.mark.parametrize('number', [errno.EIO, errno.EACCES, errno.ESTALE])
 def test_a_save_out_of_reach_is_left_and_no_other_is_taken(number, saved):
   before = everything(saved)
-  files = [p for p in (saved / '3').rglob('*') if p.parent.name != 'd']
-  for path in (saved, saved / '3', *files, array_file(saved / '3')):
-    if path.is_dir() and path not in (saved, saved / '3'):
-      continue
+  for path in (saved, *(p for p in (saved / '3').rglob('*') if p.is_file())):
     with out_of_reach(path, number):
       with pytest.raises(RunFailed, match='can not be read') as told:
         with States(epath.Path(saved)) as states:
