@@ -206,7 +206,9 @@ def convert(
     raise UserError(f'--out: found {out}, wanted a folder of this machine')
   path = epath.Path(out).expanduser().resolve()
   if path.exists():
-    raise UserError(f'--out: {path} is there already; nothing is overwritten')
+    raise UserError(
+      f'--out: {shown(path)} is there already; nothing is overwritten'
+    )
   tensors = torch_file.read(checkpoint_file)
   keep = 1.0
   if stage in _MASKED:

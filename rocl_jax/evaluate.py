@@ -23,6 +23,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -30,8 +31,8 @@ from ml_collections import ConfigDict
 
 from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
-from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import is_remote, places
+from rocl_jax.errors import RunFailed, UserError, shown
+from rocl_jax.files import exists, is_remote, places
 from rocl_jax.settings import FieldError, Place, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
@@ -324,7 +325,7 @@ def _check_folder(folder):
   from rocl_jax.files import read_json
 
   for name in ('results.json', 'audit.json', 'transfer.json'):
-    if (folder / name).exists():
+    if exists(folder / name):
       read_json(folder / name, list)
   probe = folder / f'.writable-{os.getpid()}'
   try:
@@ -332,8 +333,21 @@ def _check_folder(folder):
     probe.unlink(missing_ok=True)
   except OSError as e:
     raise UserError(
-      f'--model: results go to {folder}, which can not be written: {e.strerror}'
+      f'--model: results go to {shown(folder)}, which can not be written: '
+      f'{e.strerror}'
     ) from None
+
+
+def _folders(text: str) -> list[str]:
+  """The folders of a --model, which separates them by commas."""
+  found = places(text)
+  for folder in found:
+    if len(found) > 1 and not is_remote(folder) and not exists(Path(folder)):
+      raise UserError(
+        f'--model: found {text}, and there is no folder {shown(folder)}; '
+        'commas separate folders, unless one that is there has them in its name'
+      )
+  return found
 
 
 def main(_: list[str]) -> None:
@@ -343,7 +357,7 @@ def main(_: list[str]) -> None:
   mesh.check_devices()
   interruption.install('stopped; the same command goes on where it was')
   compiled.keep_programs()
-  folders = [x for text in flags.FLAGS.model for x in places(text)]
+  folders = [x for text in flags.FLAGS.model for x in _folders(text)]
   found = evaluate(flags.FLAGS.config, folders)
   print(report.evaluation_table(found.records))
   if found.transfers:

@@ -155,8 +155,9 @@ def check_record(path: object, i: int, record: Mapping[str, Any]) -> None:
   """Raises UserError if a record of a results.json is not what was written."""
   if record.get('checksum', '') not in ('', checksum(record)):
     raise UserError(
-      f'{path}: record {i}, {record.get("attack")!r} on {record["run"]!r}, '
-      f'{record["stage"]!r}, is not what was written; delete it to measure anew'
+      f'{shown(path)}: record {i}, {record.get("attack")!r} on '
+      f'{record["run"]!r}, {record["stage"]!r}, is not what was written; delete it to '
+      'measure anew'
     )
 
 

@@ -25,7 +25,7 @@ from rocl_jax import (
 from rocl_jax.attacks.ensemble import passes_left
 from rocl_jax.attacks.robustness import Outcome
 from rocl_jax.data import Split
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, shown
 from rocl_jax.evaluation import Evaluator
 from rocl_jax.files import (
   check_record,
@@ -84,7 +84,8 @@ def evaluate_model(
   for field, value in identity(variables).items():
     if about[field] != value:
       raise RunFailed(
-        f'{path}: holds other weights than {checkpoint.ABOUT} says ({field})'
+        f'{shown(path)}: holds other weights than {checkpoint.ABOUT} says '
+        f'({field})'
       )
   records = processes.from_first(lambda: read(results))
   asked = []
@@ -345,7 +346,7 @@ def read(path: epath.Path) -> list[Record]:
   records = read_json(path, list)
   for i, record in enumerate(records):
     if not isinstance(record, dict) or not set(_NAMES) <= record.keys():
-      raise UserError(f'{path}: found {record!r:.40}, wanted a record')
+      raise UserError(f'{shown(path)}: found {record!r:.40}, wanted a record')
     check_record(path, i, record)
   return records
 

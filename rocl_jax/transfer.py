@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rocl_jax import audit, checkpoint, evaluation, provenance, results, saved
 from rocl_jax.data import Split
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 from rocl_jax.evaluation import EvaluationAttack
 from rocl_jax.files import exists, read_json, write_json
 from rocl_jax.saved import Saved
@@ -163,7 +163,7 @@ def dense_variables(model: Saved) -> Variables:
   """
   field = 'config.transfer.unmasked'
   if 'masks' not in model.variables:
-    raise UserError(f'{field}: {model.folder} has no masks to leave out')
+    raise UserError(f'{field}: {shown(model.folder)} has no masks to leave out')
   folder = model.folder.parent / 'checkpoints'
   state = checkpoint.read_state(folder) if exists(folder) else None
   trained = (state or {}).get('trained', {})
@@ -171,7 +171,7 @@ def dense_variables(model: Saved) -> Variables:
   if model.folder.name != 'model' or 'kernel' not in weights.get('head', {}):
     raise UserError(
       f'{field}: wanted the last model of a fine-tuning stage, with its train '
-      f'state in {folder}'
+      f'state in {shown(folder)}'
     )
   return {
     'params': weights,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from rocl_jax import audit as audits
 from rocl_jax import data, evaluate, pipeline, published, report
 from rocl_jax import workdir as folders
-from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.errors import RunFailed, UserError, nearest, shown
 from rocl_jax.experiment import Run, parse_experiment
 from rocl_jax.files import is_remote
 from rocl_jax.report.reproduction import SURROGATE
@@ -173,7 +173,7 @@ def reproduce(
   path = report.write(str(root))
   if problems:
     raise RunFailed(
-      f'{path}: an audit failed, so those accuracies prove nothing: '
+      f'{shown(path)}: an audit failed, so those accuracies prove nothing: '
       f'{problems[0]}'
       + (f' and {len(problems) - 1} more' if len(problems) > 1 else '')
     )
