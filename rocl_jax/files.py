@@ -156,8 +156,8 @@ def check_record(path: object, i: int, record: Mapping[str, Any]) -> None:
   if record.get('checksum', '') not in ('', checksum(record)):
     raise UserError(
       f'{shown(path)}: record {i}, {record.get("attack")!r} on '
-      f'{record["run"]!r}, {record["stage"]!r}, is not what was written; delete it to '
-      'measure anew'
+      f'{record["run"]!r}, {record["stage"]!r}, is not what was written; '
+      'delete it to measure anew'
     )
 
 
