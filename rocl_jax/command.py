@@ -111,7 +111,9 @@ def run(
   except BrokenPipeError:  # who read the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as e:  # of a disk, or a network: full, away, not ours
-    _exit(program, _gone() or of_disk(e), RUN_FAILED)
+    network = isinstance(e, ConnectionError | TimeoutError)
+    gone = _gone() if network else None
+    _exit(program, gone or of_disk(e), RUN_FAILED)
   except Exception as e:
     if 'RESOURCE_EXHAUSTED' in str(e):
       reason = str(e).splitlines()[0]
@@ -128,9 +130,9 @@ def run(
 
 def _no_devices() -> str | None:
   """Why JAX has no device, where that is why something failed."""
-  from rocl_jax import mesh
+  from rocl_jax import mesh, processes
 
-  if 'jax' not in sys.modules or _gone():
+  if processes.count() > 1:  # they have met, so there were devices
     return None
   try:
     mesh.check_devices()
