@@ -55,6 +55,7 @@ from rocl_jax.errors import RunFailed, Unreadable, UserError
 from rocl_jax.experiment import parse_experiment
 from rocl_jax.files import read_json, write_json
 from rocl_jax.manifest import Damaged
+from rocl_jax.report import reading as report_reading
 from rocl_jax.trees import flatten
 from rocl_jax.types import TrainingSet
 
@@ -266,6 +267,10 @@ def test_a_small_file_out_of_reach_is_not_called_invalid(number, tmp_path):
     with out_of_reach(tmp_path / file.name, number):
       with pytest.raises(Unreadable, match=f'{file.name}: can not be read'):
         read()
+    with out_of_reach(tmp_path / file.name, number):
+      if file is path:
+        with pytest.raises(Unreadable):
+          report_reading.load_results(tmp_path)
   with pytest.raises(UserError, match='no such file'):
     read_json(path.with_name('other.json'), list)
 
