@@ -258,8 +258,12 @@ def test_the_override_that_was_refused_is_named(words, told, warnings_):
 def test_one_config():
   found = command._config_path(['train.py', '--config', 'a/b.py:x', 'y'])
   assert found == f'{os.getcwd()}/a/b.py:x'
-  with pytest.raises(UserError, match='2 times, a.py and b.py; wanted once'):
-    command._config_path(['train.py', '--config=a.py', '--config', 'b.py'])
+  two = ['train.py', f'--config={QUICKSTART}', '--config', QUICKSTART]
+  with pytest.raises(UserError, match='2 times, .* wanted once'):
+    command._config_path(two)
+  two[-1] = QUICKSTART.replace('quickstart', 'quickstat')
+  with pytest.raises(UserError, match="did you mean 'quickstart.py'"):
+    command._config_path(two)
 
 
 def test_paths_are_absolute_and_know_the_home(monkeypatch, tmp_path):
