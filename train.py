@@ -20,9 +20,10 @@
 from absl import flags
 
 from rocl_jax import command
+from rocl_jax.errors import shown
 
 command.define_config()
-flags.DEFINE_string('workdir', None, 'Folder of everything the run writes.')
+command.define_path('workdir', None, 'Folder of everything the run writes.')
 flags.DEFINE_string('coordinator', '', 'HOST:PORT of the first process.')
 flags.DEFINE_integer('processes', 0, 'How many processes; 0: found out.')
 flags.DEFINE_integer('process', 0, 'The number of this one, from 0.')
@@ -34,6 +35,7 @@ def main(_: list[str]) -> None:
     cluster,
     compiled,
     interruption,
+    mesh,
     pipeline,
     processes,
     report,
@@ -43,16 +45,16 @@ def main(_: list[str]) -> None:
   processes.start(
     cluster.find(group.coordinator, group.processes, group.process)
   )
+  mesh.check_devices()
   interruption.install('stopped; the same command goes on from the last save')
   compiled.keep_programs()
-  workdir = flags.FLAGS.workdir
-  allowed = flags.FLAGS.allow_change
-  records = pipeline.run(flags.FLAGS.config, workdir, allowed)
+  workdir, allowed = group.workdir, group.allow_change
+  records = pipeline.run(group.config, workdir, allowed)
   if processes.is_first():
     path = report.attempt(workdir)
     print(report.terminal_table(records))
     if path:
-      print(report.terminal(f'\nReport, curves and pictures: {path}'))
+      print(report.terminal(f'\nReport, curves and pictures: {shown(path)}'))
   processes.finish()
 
 

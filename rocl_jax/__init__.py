@@ -2,3 +2,7 @@
 
 `rocl_jax.types` is the page to read first.
 """
+
+from rocl_jax import environment
+
+environment.prepare()

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rocl_jax import audit, evaluation, saved
 from rocl_jax.audit import Check
 from rocl_jax.data import Split
-from rocl_jax.files import read_json, write_json
+from rocl_jax.files import exists, read_json, write_json
 from rocl_jax.results import Record, crc32
 
 FILE = 'audit.json'
@@ -77,7 +77,7 @@ def audit_model(
 
 
 def _entries(path: epath.Path) -> list[Any]:
-  return read_json(path, list) if path.exists() else []
+  return read_json(path, list) if exists(path) else []
 
 
 def _last(path: epath.Path, new: dict[str, Any], split: Split):

@@ -1,4 +1,5 @@
-"""What a config has changed since its work directory was begun."""
+"""What has changed since a work directory was begun: its config, and what a
+number depends on beside it."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -7,11 +8,12 @@ from typing import Any
 from etils import epath
 
 from rocl_jax import metrics
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 from rocl_jax.progress import say
 from rocl_jax.trees import flatten
 
 FILE = 'changes.jsonl'  # a line for each change that was gone on with
+VERSIONS = 'versions.'  # fields of `provenance.versions`
 
 
 class Changes:
@@ -26,11 +28,17 @@ class Changes:
 
   def __init__(self, root: epath.Path):
     self._path = root / FILE
+    self._unfit: dict[str, str] = {}
     self.found: list[dict[str, Any]] = []
 
   def compare(
-    self, before: dict, now: dict, where: str, folder: str | None = None
-  ) -> None:
+    self,
+    before: dict,
+    now: dict,
+    where: str,
+    folder: str | None = None,
+    prefix: str = 'config.',
+  ) -> bool:
     """Adds what differs; with a `folder`, it decided what is in there.
 
     Args:
@@ -38,19 +46,29 @@ class Changes:
       now: the same.
       where: in words, for messages.
       folder: of the stage that was made with `before`.
+      prefix: of the fields, for messages.
+
+    Returns:
+      Whether anything differs.
     """
+    count = len(self.found)
     old, new = flatten(before), flatten(now)
     for field in sorted(old.keys() | new.keys()):
       if old.get(field) != new.get(field):
         self.found.append(
           {
-            'field': 'config.' + field.replace('/', '.'),
+            'field': prefix + field.replace('/', '.'),
             'in': where,
             'from': old.get(field),
             'to': new.get(field),
             'folder': folder,
           }
         )
+    return len(self.found) > count
+
+  def unfit(self, folder: str, why: str) -> None:
+    """Says that a stage's folder can't be gone on with as the config is."""
+    self._unfit[folder] = why
 
   def fields(self) -> set[str]:
     """What changed, now or at an earlier start."""
@@ -61,26 +79,47 @@ class Changes:
     """Prints all, and writes down what is gone on with, if it is to `keep`.
 
     Raises:
-      UserError: what decided a finished stage, or one begun, is not `allowed`.
+      UserError: what decided a finished stage, or one begun, is not `allowed`,
+        or does not fit.
     """
     known = metrics.read_lines(self._path)
     same = lambda c: {k: v for k, v in c.items() if k != 'at'}
-    new = [c for c in self.found if c not in map(same, known)]
+    # A config is gone on with once and for all; versions come and go.
+    new = [
+      c
+      for c in self.found
+      if c not in map(same, known) or c['field'].startswith(VERSIONS)
+    ]
     for change in new:
       say(
         f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
         f'{change["to"]!r}'
+      )
+    for folder, why in self._unfit.items():
+      fields = dict.fromkeys(
+        c['field'] for c in self.found if c['folder'] == folder
+      )
+      raise UserError(
+        f'{", ".join(fields)}: {shown(folder)} was made with other values, and '
+        f'what is in it does not fit these: {why}; take another --workdir, or '
+        'delete that folder and those after it'
       )
     decided = [change for change in new if change['folder']]
     for change in decided:
       if change['field'] not in allowed:
         fields = dict.fromkeys(c['field'] for c in decided)
         raise UserError(
-          f'{change["field"]}: found {change["to"]!r}, but {change["folder"]} '
+          f'{change["field"]}: found {change["to"]!r}, but '
+          f'{shown(change["folder"])} '
           f'was made with {change["from"]!r}; take another --workdir, delete '
           'that folder and those after it, or go on with what is there: '
           f'--allow_change={",".join(fields)}'
         )
+    if any(change['field'].startswith(VERSIONS) for change in new):
+      say(
+        'the run goes on; from here on it need not be equal to the bit to one '
+        'that was never stopped'
+      )
     at = datetime.now(UTC).isoformat(timespec='seconds')
     if new and keep:
       metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

@@ -29,8 +29,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rocl_jax import manifest, processes
-from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import read_json
+from rocl_jax.errors import RunFailed, UserError, one_line, shown, unreadable
+from rocl_jax.files import entries, exists, read_json
 from rocl_jax.manifest import Damaged
 from rocl_jax.progress import say
 from rocl_jax.trees import flatten, unflatten
@@ -63,8 +63,9 @@ class States:
     self._failure: RunFailed | None = None
     if not processes.is_first():
       return
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.iterdir():  # what an interruption left over
+    if not exists(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+    for path in entries(directory):  # what an interruption left over
       half = path.name.isdigit() and not manifest.is_sealed(path)
       if half or path.name.endswith((_WRITING, _OLD)):
         shutil.rmtree(path, ignore_errors=True)
@@ -90,7 +91,8 @@ class States:
 
     Raises:
       UserError: the state is that of another network, stage or optimiser.
-      RunFailed: there are states, and none of them is whole.
+      RunFailed: there are states, and none of them is whole; or one can't be
+        read now, which leaves all as it is.
     """
     found = processes.from_first(self._newest)
     if found is None:
@@ -106,13 +108,13 @@ class States:
         arrays, about = _read(path, 'state')
       except Damaged as e:
         moved = set_aside(path)
-        say(f'{e}; set aside as {moved}')
+        say(f'{e}; set aside as {shown(moved)}')
         continue
       return step, arrays, about['rows']
-    if (self._directory / _DAMAGED).exists():
+    if exists(self._directory / _DAMAGED):
       raise RunFailed(
-        f'{self._directory}: no save is whole, all were set aside; delete '
-        'that folder to train the stage from its start'
+        f'{shown(self._directory)}: no save is whole, all were set aside; '
+        'delete that folder to train the stage from its start'
       )
     return None
 
@@ -154,22 +156,24 @@ class States:
       told = f'step {step} could not be saved: '
       told += _why(self._directory, arrays, e)
       self._failure = RunFailed(told)
-      with contextlib.suppress(OSError):  # the disk may be away
+      with contextlib.suppress(OSError, RunFailed):  # it may be away
         newest = steps(self._directory)[-1:]
         kept = f'the save of step {newest[0]} is' if newest else 'no save is'
         told += f'; {kept} there; the same command goes on from it'
         self._failure = RunFailed(told)
       return
-    with contextlib.suppress(OSError):  # then they go next time
+    with contextlib.suppress(OSError, RunFailed):  # then next time
       for old in steps(self._directory)[:-KEPT]:
         _discard(self._directory / str(old))
 
 
 def steps(directory: epath.Path) -> list[int]:
-  """The steps that were saved whole, ascending; damage is not looked for."""
-  if not directory.is_dir():
-    return []
-  names = [p.name for p in directory.iterdir() if p.name.isdigit()]
+  """The steps that were saved whole, ascending; damage is not looked for.
+
+  Raises:
+    Unreadable: it can't be known.
+  """
+  names = [p.name for p in entries(directory) if p.name.isdigit()]
   return sorted(int(n) for n in names if manifest.is_sealed(directory / n))
 
 
@@ -178,6 +182,9 @@ def read_state(directory: epath.Path) -> dict[str, Any] | None:
 
   Returns:
     None where there is none.
+
+  Raises:
+    Unreadable: it can't be read now.
   """
   for step in reversed(steps(directory)):
     try:
@@ -211,7 +218,7 @@ def save_model(
     _replace(directory, fill)
   except Exception as e:
     why = _why(directory.parent, arrays, e)
-    raise RunFailed(f'{directory}: could not be saved: {why}') from None
+    raise RunFailed(f'{shown(directory)}: could not be saved: {why}') from None
 
 
 def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
@@ -221,22 +228,22 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
     The variables, as NumPy arrays, and what `model.json` says.
 
   Raises:
-    UserError: not a model folder, or a damaged one.
+    Damaged: not a model folder, or one that is not what was written.
+    UserError: one of another version.
+    Unreadable: it can't be read now.
   """
   if not is_model(directory):
     inside = directory / 'model'
-    hint = f' (did you mean {inside}?)' if is_model(inside) else ''
-    raise UserError(
-      f'{directory}: no model here, {manifest.MANIFEST} is missing{hint}'
-    )
-  try:
-    arrays, _ = _read(directory, 'variables')
-  except Damaged as e:
-    raise UserError(str(e)) from None
+    hint = f' (did you mean {shown(inside)}?)' if is_model(inside) else ''
+    missing = f'no model here, {manifest.MANIFEST} is missing'
+    if not exists(directory):
+      missing = 'no such folder'
+    raise Damaged(f'{shown(directory)}: {missing}{hint}')
+  arrays, _ = _read(directory, 'variables')
   about = read_json(directory / ABOUT, dict)
   for field in _ABOUT_FIELDS:
     if field not in about:
-      raise UserError(f'{directory / ABOUT}: has no {field}')
+      raise UserError(f'{shown(directory / ABOUT)}: has no {field}')
   variables = unflatten(arrays)
   for part in ('masks', 'dropped'):  # flat by path, as `types` says
     if part in variables:
@@ -246,7 +253,39 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
 
 def is_model(directory: epath.Path) -> bool:
   """Whether the folder holds a finished model."""
-  return manifest.is_sealed(directory) and (directory / ABOUT).exists()
+  return manifest.is_sealed(directory) and exists(directory / ABOUT)
+
+
+def forms(folder: epath.Path) -> dict[str, str] | None:
+  """Type and shape of each array of a model or save, by path; nothing is read
+  but the manifest. None for a folder that is damaged, or of another version.
+
+  Raises:
+    Unreadable: it can't be read now.
+  """
+  try:
+    found = manifest.read(folder)['about'].get('leaves')
+  except Damaged:
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def forms_of(tree: Any) -> dict[str, str]:
+  """The same of arrays, or of their shapes."""
+  return {path: _kind(leaf) for path, leaf in _by_path(tree).items()}
+
+
+def difference(found: dict[str, str], asked: dict[str, str]) -> str:
+  """What two `forms` differ in, the first three; '' if in nothing."""
+  apart = [k for k in {**asked, **found} if found.get(k) != asked.get(k)]
+  if not apart:
+    return ''
+  told = [
+    f'{k} is {found.get(k, "missing")}, wanted {asked.get(k, "none")}'
+    for k in apart[:3]
+  ]
+  more = f', and {len(apart) - 3} more' if len(apart) > 3 else ''
+  return '; '.join(told) + more
 
 
 def set_aside(path: epath.Path) -> epath.Path:
@@ -254,7 +293,7 @@ def set_aside(path: epath.Path) -> epath.Path:
   folder = path.parent / _DAMAGED
   folder.mkdir(exist_ok=True)
   names = [path.name, *(f'{path.name}-{i}' for i in range(2, 1000))]
-  target = next(folder / n for n in names if not (folder / n).exists())
+  target = next(folder / n for n in names if not exists(folder / n))
   path.rename(target)
   return target
 
@@ -280,7 +319,7 @@ def _replace(directory: epath.Path, fill: Callable[[epath.Path], None]) -> None:
       time.sleep(pause)
   old = directory.with_name(directory.name + _OLD)
   shutil.rmtree(old, ignore_errors=True)
-  if directory.exists():
+  if exists(directory):
     directory.rename(old)
   try:
     new.rename(directory)
@@ -314,16 +353,16 @@ def _fill(folder, name, arrays, about):
 
 
 def _read(folder, name):
-  """(arrays by path, about) of a sealed folder; raises Damaged."""
+  """(arrays by path, about) of a sealed folder; raises Damaged, or Unreadable
+  where its bytes are whole, and something else is wrong."""
   about = manifest.verify(folder)
   leaves = about.get('leaves')
   if not isinstance(leaves, dict):
-    raise Damaged(f'{folder}: its manifest does not tell its arrays')
+    raise Damaged(f'{shown(folder)}: its manifest does not tell its arrays')
   try:
     return _restore(folder.resolve() / name, leaves), about
-  except Exception as e:  # whatever Orbax and TensorStore raise
-    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-    raise Damaged(f'{folder / name}: can not be read: {reason:.200}') from None
+  except Exception as e:  # whatever Orbax, TensorStore and JAX raise
+    raise unreadable(folder / name, e) from None
 
 
 # Two saves of Orbax at a time mix up their operation numbers, and one of them
@@ -365,18 +404,11 @@ def _fit(arrays, like, folder):
     UserError: they are not of that form; the message names the first fields.
   """
   wanted = _by_path(like)
-  found = {k: _kind(x) for k, x in arrays.items()}
-  asked = {k: _kind(x) for k, x in wanted.items()}
-  apart = [k for k in {**asked, **found} if found.get(k) != asked.get(k)]
+  apart = difference(forms_of(arrays), forms_of(like))
   if apart:
-    told = [
-      f'{k} is {found.get(k, "missing")}, wanted {asked.get(k, "none")}'
-      for k in apart[:3]
-    ]
-    more = f', and {len(apart) - 3} more' if len(apart) > 3 else ''
     raise UserError(
-      f'{folder}: was saved by another network, stage or optimiser: '
-      f'{"; ".join(told)}{more}'
+      f'{shown(folder)}: was saved by another network, stage or optimiser: '
+      f'{apart}'
     )
   leaves = [
     jax.device_put(arrays[path], leaf.sharding) for path, leaf in wanted.items()
@@ -422,7 +454,9 @@ def _free(folder):
 
 
 def _why(folder, arrays, error):
-  reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+  reason = one_line(error)
   needed, free = sum(x.nbytes for x in arrays.values()), _free(folder)
   room = '' if free is None else f', {free / 1e6:.1f} MB are free'
-  return f'{folder}: {reason:.200} ({needed / 1e6:.1f} MB to write{room})'
+  return (
+    f'{shown(folder)}: {reason:.200} ({needed / 1e6:.1f} MB to write{room})'
+  )

@@ -31,7 +31,7 @@ class Member:
   """One of the processes of a run.
 
   Attributes:
-    address: host and port of the first process.
+    address: host and port of the first process; of IPv6 '[::1]:8476'.
     count: of all processes.
     index: of this one.
     devices: the local devices that are its own; None for all.
@@ -45,6 +45,16 @@ class Member:
   devices: Sequence[int] | None = None
   join: int = _JOIN_BY_HAND
   source: str = 'flags'
+
+  @property
+  def by_hand(self) -> bool:
+    """Whether flags say so."""
+    return self.source == 'flags'
+
+  @property
+  def host(self) -> str:
+    """Of `address`, without brackets."""
+    return self.address.rpartition(':')[0].strip('[]')
 
 
 ALONE = Member('', 1, 0)
@@ -92,10 +102,12 @@ def _checked(member: Member, by_flags: bool = True) -> Member:
     return member
   host, colon, port = member.address.rpartition(':')
   # The port after it serves to find out who has not come.
-  if not (colon and host and port.isdigit() and 0 < int(port) < 65535):
+  bracketed = host.startswith('[') and host.endswith(']')
+  right = colon and host and (bracketed or ':' not in host)
+  if not (right and port.isdecimal() and 0 < int(port) < 65535):
     raise UserError(
-      f'{field("coordinator")}: found {member.address!r}, wanted HOST:PORT; '
-      'the port after it must be free, too'
+      f'{field("coordinator")}: found {member.address!r}, wanted HOST:PORT, or '
+      '[ADDRESS]:PORT for IPv6; the port after it must be free, too'
     )
   return member
 

@@ -7,20 +7,29 @@ SIGTERM; anything else is a bug of ours and comes with its stack trace.
 
 import ast
 import contextlib
-import errno
+import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.errors import (
+  RunFailed,
+  UserError,
+  nearest,
+  of_disk,
+  one_line,
+  shown,
+)
+from rocl_jax.files import place
 from rocl_jax.interruption import Interrupted
 
 BUG, USER_ERROR, RUN_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -32,7 +41,26 @@ def define_config() -> None:
     'config',
     None,
     'Config file, with an argument after a colon if it has one.',
+    sys_argv=_ARGV,
   )
+
+
+def define_path(name: str, default: str | None, text: str) -> None:
+  """Defines a flag that is a path, or a URL; see `files.place`."""
+  flags.DEFINE(_PathParser(), name, default, text)
+
+
+class _PathParser(flags.ArgumentParser):
+  """Makes a path absolute as the flag is read."""
+
+  def parse(self, argument):
+    try:
+      return place(argument)
+    except UserError as e:
+      raise ValueError(e) from None
+
+  def flag_type(self):
+    return 'path'
 
 
 def run(
@@ -82,10 +110,10 @@ def run(
     _exit(program, again, INTERRUPTED)
   except BrokenPipeError:  # who read the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except OSError as e:
-    if e.errno not in _DISK:
-      _bug(program, e)
-    _exit(program, f'{e.filename or "disk"}: {e.strerror}', RUN_FAILED)
+  except OSError as e:  # of a disk, or a network: full, away, not ours
+    network = isinstance(e, ConnectionError | TimeoutError)
+    gone = _gone() if network else None
+    _exit(program, gone or of_disk(e), RUN_FAILED)
   except Exception as e:
     if 'RESOURCE_EXHAUSTED' in str(e):
       reason = str(e).splitlines()[0]
@@ -95,23 +123,39 @@ def run(
         f'--config.model.dtype=bfloat16, needs less: {reason:.200}',
         RUN_FAILED,
       )
+    if problem := _no_devices():
+      _exit(program, problem, USER_ERROR)
     _bug(program, e)
 
 
-# Of a file system: full, out of quota, away, read-only, not ours.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+def _no_devices() -> str | None:
+  """Why JAX has no device, where that is why something failed."""
+  from rocl_jax import mesh, processes
+
+  if processes.count() > 1:  # they have met, so there were devices
+    return None
+  try:
+    mesh.check_devices()
+  except (UserError, RunFailed) as e:
+    return str(e)
+  return None
 
 
 def _bug(program: str, error: Exception) -> NoReturn:
   """Ends with a stack trace, unless another process is why."""
-  group = sys.modules.get('rocl_jax.processes')
-  gone = group.explain() if group else None
-  if gone:  # that is why a collective failed
+  if gone := _gone():
     _exit(program, gone, RUN_FAILED)
+  group = sys.modules.get('rocl_jax.processes')
   if group and group.count() > 1:
     traceback.print_exception(error)
     group.leave(BUG, f'{type(error).__name__}: {error}')
   raise error
+
+
+def _gone() -> str | None:
+  """Which other process is gone, where that is why something failed."""
+  group = sys.modules.get('rocl_jax.processes')
+  return group.explain() if group else None
 
 
 def _program(path):
@@ -139,32 +183,97 @@ def _parse(argv):
   """Parses the flags; returns the positional arguments."""
   path = _config_path(argv)
   if path is not None:
-    file = path.partition(':')[0]
-    _check_config_file(file)
-    # Config files import their neighbours as `configs.<name>`, from whatever
-    # folder the command is started in.
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(file))))
-  try:
-    return flags.FLAGS(argv)[1:]
-  except Exception as e:  # what config_flags raises depends on the mistake
-    problem = None if isinstance(e, OSError) else _explain(argv, path)
-    if problem is None and isinstance(e, flags.Error):
-      problem = str(e).removeprefix('FATAL Flags parsing error: ')
-    if problem is None:
-      problem = f'{type(e).__name__}: {e}'
-    raise UserError(problem) from None
+    _check_config_file(path.partition(':')[0])
+    _find_neighbours(path)
+  argv = _ARGV[:] = _normal(argv, path)
+  with _tolerant():
+    try:
+      arguments = flags.FLAGS(argv)[1:]
+      if path is not None:
+        getattr(flags.FLAGS.config, 'lock', None)  # of a file that failed
+      return arguments
+    except Exception as e:  # what config_flags raises depends on the mistake
+      problem = _explain(argv, path)
+      if path is None and any(x.startswith('--config.') for x in argv):
+        problem = '--config: missing, and --config.FIELD=VALUE changes it'
+      if problem is None:
+        problem = one_line(e).removeprefix('FATAL Flags parsing error: ')
+        if not isinstance(e, flags.Error):
+          problem = f'{type(e).__name__}: {problem}'
+      raise UserError(problem) from None
+
+
+# What config_flags looks for overrides in.
+_ARGV: list[str] = []
+
+
+@contextlib.contextmanager
+def _tolerant() -> Iterator[None]:
+  """As ml_collections uses what is deprecated, and that is nobody's mistake."""
+  with warnings.catch_warnings():
+    for kind in (DeprecationWarning, PendingDeprecationWarning):
+      warnings.simplefilter('ignore', kind)
+    yield
 
 
 def _config_path(argv):
-  """What --config says; of several the last, as with all flags."""
-  path = None
+  """What --config says, the file's path absolute; None without one."""
+  found = []
   for i, argument in enumerate(argv):
-    match = re.fullmatch(r'--?config=(.*)', argument)
+    match = re.fullmatch(r'--?config=(.*)', argument, re.S)
     if match:
-      path = match.group(1)
+      found.append(match.group(1))
     elif argument in ('--config', '-config') and i + 1 < len(argv):
-      path = argv[i + 1]
-  return path
+      found.append(argv[i + 1])
+  if len(found) > 1:
+    for one in found:
+      _check_config_file(one.partition(':')[0])
+    raise UserError(
+      f'--config: found {len(found)} times, {" and ".join(found)}; wanted '
+      'once, and --config.FIELD=VALUE for what differs'
+    )
+  if not found:
+    return None
+  file, colon, argument = found[0].partition(':')
+  with _at('--config'):
+    path = place(file)
+  # What is before a colon is the file, to ml_collections, too.
+  return (file if ':' in path else path) + colon + argument
+
+
+@contextlib.contextmanager
+def _at(field: str) -> Iterator[None]:
+  """Puts the field's name before what is wrong with its value."""
+  try:
+    yield
+  except UserError as e:
+    raise UserError(f'{field}: {e}') from None
+
+
+def _normal(argv, path):
+  """The arguments as config_flags takes them: the file before the overrides,
+  and names that are no words of Python in brackets."""
+  rest, given = [], iter(argv[1:])
+  for argument in given:
+    if argument in ('--config', '-config'):
+      next(given, None)
+    elif not re.match(r'--?config=', argument):
+      rest.append(_bracketed(argument))
+  file = [] if path is None else [f'--config={path}']
+  return [argv[0], *file, *rest]
+
+
+def _bracketed(argument):
+  """--config.attacks.fab-t.steps=1 as --config.attacks["fab-t"].steps=1."""
+  match = re.match(
+    r'(--?(?:no)?config)((?:\.[\w-]+|\[[^]=]*\])+)(=|$)', argument
+  )
+  if not match:
+    return argument
+  start, name, _ = match.groups()
+  name = re.sub(r'\.([\w-]*-[\w-]*)', r'["\1"]', name)
+  name = re.sub(r'\.(\d\w*)', r'["\1"]', name)
+  return start + name + argument[match.end(2) :]
 
 
 def _check_config_file(file):
@@ -172,7 +281,27 @@ def _check_config_file(file):
     folder = os.path.dirname(file) or '.'
     names = os.listdir(folder) if os.path.isdir(folder) else []
     hint = nearest(os.path.basename(file), names)
-    raise UserError(f'--config: no such file: {file}{hint}')
+    raise UserError(f'--config: no such file: {shown(file)}{hint}')
+
+
+def _find_neighbours(path):
+  """Makes `from configs import NAME` mean the neighbours of a config file that
+  lies in a folder `configs`, and else ours, whatever else has that name."""
+  folder = os.path.dirname(os.path.abspath(path.partition(':')[0]))
+  sys.path.insert(0, os.path.dirname(folder))
+  ours = os.path.join(os.path.dirname(__file__), os.pardir, 'configs')
+  places = [os.path.realpath(ours)] if os.path.isdir(ours) else []
+  if os.path.basename(folder) == 'configs':
+    places = list(dict.fromkeys([os.path.realpath(folder), *places]))
+  there = getattr(sys.modules.get('configs'), '__path__', ())
+  if [os.path.realpath(p) for p in there][:1] == places[:1]:
+    return
+  for name in [n for n in sys.modules if n.partition('.')[0] == 'configs']:
+    del sys.modules[name]
+  if places:
+    spec = importlib.machinery.ModuleSpec('configs', None, is_package=True)
+    spec.submodule_search_locations = places
+    sys.modules['configs'] = importlib.util.module_from_spec(spec)
 
 
 def load_config(path: str) -> ConfigDict:
@@ -184,8 +313,9 @@ def load_config(path: str) -> ConfigDict:
   file, colon, argument = path.partition(':')
   spec = importlib.util.spec_from_file_location('_config', file)
   if spec is None or spec.loader is None:
-    raise UserError(f'--config: {file} is not a Python file')
+    raise UserError(f'--config: {shown(file)} is not a Python file')
   module = importlib.util.module_from_spec(spec)
+  _find_neighbours(path)
   try:
     spec.loader.exec_module(module)
     return module.get_config(argument) if colon else module.get_config()
@@ -195,36 +325,69 @@ def load_config(path: str) -> ConfigDict:
     frames = traceback.extract_tb(e.__traceback__)
     lines = [f.lineno for f in frames if f.filename.endswith(file)]
     at = f':{lines[-1]}' if lines else ''
-    raise UserError(f'{file}{at}: {type(e).__name__}: {e}') from None
+    raise UserError(f'{shown(file)}{at}: {type(e).__name__}: {e}') from None
 
 
 def _explain(argv, path):
-  """What is wrong with the overrides, or None if they are not at fault."""
+  """What is wrong with the first override that ml_collections refuses, each
+  tried alone; None if it takes all."""
   if path is None:
     return None
   config = load_config(path)
   for i, argument in enumerate(argv):
-    match = re.match(r'--?(?:no)?(config\.[^=]+)(?:=(.*))?$', argument, re.S)
+    match = re.match(r'--?(?:no)?config\.([^=]+)(?:=(.*))?$', argument, re.S)
     if not match:
       continue
     name, value = match.groups()
-    if value is None and i + 1 < len(argv):
-      value = argv[i + 1]
-    node, seen = config, 'config'
-    for part in name.split('.')[1:]:
-      if not isinstance(node, ConfigDict) or part not in node:
-        names = list(node) if isinstance(node, ConfigDict) else []
-        hint = nearest(part, names)
-        if not hint and names:
-          hint = f'; {seen} has {", ".join(names)}'
-        return f'{seen}.{part}: no such field{hint}'
-      node, seen = node[part], f'{seen}.{part}'
-    if isinstance(node, ConfigDict):
-      return f'{seen}: found {value!r}, but it is a section; set its fields'
-    problem = _wrong_type(value, node)
-    if problem:
-      return f'{seen}: found {value!r}, wanted {problem}'
+    ways = [[argument]]
+    if value is None:
+      value = argv[i + 1] if i + 1 < len(argv) else ''
+      ways.append([argument, value])
+    errors = [_refusal(path, way) for way in ways]
+    if None not in errors:
+      return _problem(config, name, value, errors[-1])
   return None
+
+
+def _refusal(path, override):
+  """What ml_collections raises of an override, None if it takes it."""
+  argv = ['', f'--config={path}', *override]
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_file(
+      'config', None, flag_values=values, sys_argv=argv
+    )
+    values(argv)
+  except Exception as e:
+    return e
+  return None
+
+
+def _problem(config, name, value, error):
+  """What is wrong with an override that was refused."""
+  node, seen = config, ''
+  for part in re.findall(r'\[[^]]*\]|[^.[]+', name):
+    bare = part.strip('[]"\'')
+    number = part.startswith('[') and bare.isdigit()
+    shape = part if number else f'.{bare}'
+    if isinstance(node, ConfigDict):
+      if bare not in node:
+        names = list(node)
+        hint = nearest(bare, names) or f'; config{seen} has {", ".join(names)}'
+        return f'config{seen}{shape}: no such field{hint}'
+      node = node[bare]
+    else:
+      return (
+        f'config{seen}{shape}: no field to be set; config{seen} is '
+        f'{node!r:.80}, set it as a whole'
+      )
+    seen += shape
+  if isinstance(node, ConfigDict):
+    return f'config{seen}: found {value!r}, but it is a section; set its fields'
+  wanted = _wrong_type(value, node)
+  if wanted:
+    return f'config{seen}: found {value!r}, wanted {wanted}'
+  return f'config{seen}: found {value!r}: {one_line(error)}'
 
 
 def _wrong_type(value, default):

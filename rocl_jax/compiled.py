@@ -45,14 +45,18 @@ def keep_programs() -> None:
   """
   if jax.config.values['jax_compilation_cache_dir'] is not None:
     return
-  kind = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
-  folder = cache_folder() / f'xla-{kind}'
+  folder = cache_folder() / f'xla-{cpu_kind()}'
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:  # no home, or a read-only one: compile anew each time
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def cpu_kind() -> str:
+  """Tells what this CPU can do from what another can."""
+  return hashlib.sha256(_cpu().encode()).hexdigest()[:8]
 
 
 def _cpu() -> str:

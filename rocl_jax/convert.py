@@ -40,9 +40,9 @@ from ml_collections import ConfigDict
 
 from rocl_jax import command, data
 from rocl_jax.data.records import CIFAR10_CLASSES
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
+from rocl_jax.files import is_remote
 from rocl_jax.progress import say
-from rocl_jax.remote import is_remote
 from rocl_jax.settings import parse
 from rocl_jax.torch_file import some
 from rocl_jax.types import Variables
@@ -305,7 +305,7 @@ def convert(
       network or of other classes than the images, or something is at `out`.
     RunFailed: it could not be written.
   """
-  from rocl_jax import checkpoint, results, torch_file
+  from rocl_jax import checkpoint, provenance, results, torch_file
   from rocl_jax.experiment import check_name, parse_experiment
   from rocl_jax.stages import STAGES, prune
 
@@ -323,13 +323,8 @@ def convert(
   path = epath.Path(out or f'{name}/model').expanduser().resolve()
   if path.exists():
     raise UserError(
-      f'--out: {path} is there already, and nothing is overwritten; wanted '
-      'another --out or --name'
-    )
-  if ',' in str(path):
-    raise UserError(
-      f'--out: {path} has a comma, which separates folders in --model; wanted '
-      'none'
+      f'--out: {shown(path)} is there already, and nothing is overwritten; '
+      'wanted another --out or --name'
     )
   tensors = torch_file.read(checkpoint_file, part)
   keep = 1.0
@@ -368,7 +363,7 @@ def convert(
     'image_shape': list(image_shape),
     'config': run.config
     | {'name': name, 'stages': (stage,), 'model': dataclasses.asdict(model)},
-    'versions': results.versions(),
+    'versions': provenance.versions(),
     'converted_from': epath.Path(checkpoint_file).name,
   }
   checkpoint.save_model(path, converted, about | results.identity(converted))
@@ -403,7 +398,10 @@ def next_command(path: epath.Path) -> str:
 
 
 def main(_: list[str]) -> None:
+  from rocl_jax import mesh
+
   given = flags.FLAGS
+  mesh.check_devices()
   path = convert(
     *(given.config, given.checkpoint, given.out, given.stage),
     *(given.name, given.state_dict),
@@ -413,9 +411,9 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   command.define_config()
-  flags.DEFINE_string('checkpoint', None, 'File that torch.save wrote.')
+  command.define_path('checkpoint', None, 'File that torch.save wrote.')
   flags.DEFINE_string('name', '', 'Name of the run in records.')
-  flags.DEFINE_string('out', '', 'Model folder to write.')
+  command.define_path('out', '', 'Model folder to write.')
   flags.DEFINE_string('stage', 'supervised', 'Stage that it was trained for.')
   flags.DEFINE_string('state_dict', '', 'Which weights of several.')
   command.run(

@@ -4,25 +4,25 @@
 
 Reads every file of every model and every save against the checksums that were
 written with it, and needs no device. WORKDIR may be a model folder, too. Exit
-status 3: something is damaged.
+status 3: something is damaged, or can not be read just now.
 """
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from rocl_jax import command, manifest, workdir
-from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import read_json
+from rocl_jax.errors import RunFailed, Unreadable, UserError, shown
+from rocl_jax.files import entries, exists, is_remote, place, read_json
 from rocl_jax.manifest import Damaged
-from rocl_jax.remote import is_remote
 
 _MODELS = ('model', 'best_validation', 'best_test')
 _STAGE = re.compile(r'\d+_\w+')
+T = TypeVar('T')
 _LEFTOVERS = ('.writing', '.new', '.old')
 
 
@@ -33,12 +33,16 @@ class Findings:
   Attributes:
     lines: (heading, text) for people.
     damage: one line for each thing that is not what was written.
+    unreadable: one line for each thing that can't be read just now.
+    first: what must be done before the run can go on.
     files, bytes: how much was read and is whole.
     complete: whether every stage has its model.
   """
 
   lines: list[tuple[str, str]] = field(default_factory=list)
   damage: list[str] = field(default_factory=list)
+  unreadable: list[str] = field(default_factory=list)
+  first: list[str] = field(default_factory=list)
   files: int = 0
   bytes: int = 0
   complete: bool = True
@@ -49,27 +53,28 @@ def examine(path: epath.Path) -> Findings:
 
   Raises:
     UserError: it is neither.
+    Unreadable: that can't be known.
   """
   found = Findings()
-  if (path / 'model.json').exists():
+  if exists(path / 'model.json'):
     about = _json(found, path / 'model.json', dict)
     found.lines.append(('model', _model_line(about)))
     _sealed(found, path)
     return found
-  if not (path / 'config.json').exists():
-    seeds = sorted(p.name for p in path.glob('seed*') if p.is_dir())
+  if not exists(path / 'config.json'):
+    seeds = [p.name for p in entries(path) if p.name.startswith('seed')]
     if seeds:
       raise UserError(
-        f'{path}: a reproduction; wanted one of its work directories, such as '
-        f'{path / seeds[0]}'
+        f'{shown(path)}: a reproduction; wanted one of its work directories, '
+        f'such as {shown(path / seeds[0])}'
       )
     raise UserError(
-      f'{path}: neither a work directory (no config.json) nor a model folder '
-      '(no model.json)'
+      f'{shown(path)}: neither a work directory (no config.json) nor a '
+      'model folder (no model.json)'
     )
   config = _json(found, path / 'config.json', dict)
   found.lines.append(('run', _run_line(config)))
-  found.lines.append(('state', _state_line(workdir.holder(path))))
+  found.lines.append(('state', _state_line(_holder(found, path))))
   for changes in _lines(found, path / 'changes.jsonl'):
     was = f'{changes.get("field")} {changes.get("from")!r}'
     found.lines.append(('changed', f'{was} -> {changes.get("to")!r}'))
@@ -80,12 +85,16 @@ def examine(path: epath.Path) -> Findings:
   for directory in [*wanted, *(s for s in stages if s not in wanted)]:
     name = directory.relative_to(path).as_posix()
     text = 'not begun'
-    if directory.is_dir():
-      text = _stage(found, directory)
+    if directory in stages or exists(directory):
+      try:
+        text = _stage(found, directory)
+      except Unreadable as e:
+        found.unreadable.append(str(e))
+        text = 'can not be read'
     else:
       found.complete = False
     found.lines.append((name, text))
-  if (path / 'results.json').exists():
+  if exists(path / 'results.json'):
     records = _results(found, path / 'results.json')
     found.lines.append(('results', f'{len(records)} records'))
   return found
@@ -93,18 +102,18 @@ def examine(path: epath.Path) -> Findings:
 
 def _stages(path: epath.Path) -> Iterator[epath.Path]:
   """The stage folders of the main run, then those of its baselines."""
-  folders = sorted(p for p in path.iterdir() if p.is_dir())
+  folders = [p for p in entries(path) if p.is_dir()]
   yield from (p for p in folders if _STAGE.fullmatch(p.name))
   for folder in folders:
     if not _STAGE.fullmatch(folder.name):
-      inner = sorted(p for p in folder.iterdir() if p.is_dir())
+      inner = [p for p in entries(folder) if p.is_dir()]
       yield from (p for p in inner if _STAGE.fullmatch(p.name))
 
 
 def _stage(found: Findings, directory: epath.Path) -> str:
   parts = []
   request = directory / 'request.json'
-  asked = _json(found, request, dict) if request.exists() else {}
+  asked = _json(found, request, dict) if exists(request) else {}
   name = directory.name.partition('_')[2]
   epochs = (asked.get(name) or {}).get('total_epochs', '?')
   models = [m for m in _MODELS if manifest.is_sealed(directory / m)]
@@ -118,18 +127,26 @@ def _stage(found: Findings, directory: epath.Path) -> str:
   if whole:
     parts.append(f'{", ".join(whole)} whole')
   saves = directory / 'checkpoints'
-  names = [p for p in saves.iterdir()] if saves.is_dir() else []
+  names = entries(saves)
   numbers = sorted((p for p in names if p.name.isdigit()), key=_number)
+  unknown = len(found.unreadable)
   good = [p.name for p in numbers if _sealed(found, p)]
+  _blocked(
+    found,
+    directory,
+    models,
+    whole,
+    bool(good) or len(found.unreadable) > unknown,
+  )
   if good:
     parts.append(f'saves of step {" and ".join(good)} whole')
   for folder in (directory / 'damaged', saves / 'damaged'):
-    if folder.is_dir():
-      parts.append(f'{len(list(folder.iterdir()))} set aside in {folder}')
+    if aside := entries(folder):
+      parts.append(f'{len(aside)} set aside in {shown(folder)}')
   skipped = _lines(found, directory / 'skipped.jsonl')
   if skipped:
     parts.append(f'{len(skipped)} updates skipped, not finite')
-  beside = [p for folder in (directory, saves) for p in _entries(folder)]
+  beside = [p for folder in (directory, saves) for p in entries(folder)]
   leftovers = [p.name for p in beside if p.name.endswith(_LEFTOVERS)]
   if leftovers:
     parts.append(f'left over from an interruption: {", ".join(leftovers)}')
@@ -140,8 +157,26 @@ def _number(path: epath.Path) -> int:
   return int(path.name)
 
 
-def _entries(folder: epath.Path) -> list[epath.Path]:
-  return sorted(folder.iterdir()) if folder.is_dir() else []
+def _blocked(
+  found: Findings,
+  directory: epath.Path,
+  models: list[str],
+  whole: list[str],
+  saved: bool,
+) -> None:
+  """Notes what the run stumbles over in a stage; see `Findings.first`."""
+  lost = [m for m in models if m not in whole]
+  if found.unreadable:  # then what is lost is not known
+    return
+  for name in lost:
+    if name != 'model':
+      found.first.append(f'delete {shown(directory / name)}')
+  saves = directory / 'checkpoints'
+  if not ('model' in whole or saved) and entries(saves):
+    found.first.append(
+      f'delete {shown(saves)} to train the stage from its start, as no save is '
+      'whole'
+    )
 
 
 def _sealed(found: Findings, folder: epath.Path) -> bool:
@@ -149,8 +184,11 @@ def _sealed(found: Findings, folder: epath.Path) -> bool:
   try:
     manifest.verify(folder)
     files = manifest.read(folder)['files'].values()
+  except Unreadable as e:
+    found.unreadable.append(str(e))
+    return False
   except Damaged as e:
-    if folder.exists():  # a run that goes on deletes its older saves
+    if exists(folder):  # a run that goes on deletes its older saves
       found.damage.append(str(e))
     return False
   found.files += len(files)
@@ -159,31 +197,33 @@ def _sealed(found: Findings, folder: epath.Path) -> bool:
 
 
 def _json(found: Findings, path: epath.Path, kind: type) -> Any:
-  try:
-    return read_json(path, kind)
-  except UserError as e:
-    found.damage.append(str(e))
-    return kind()
+  return _read(found, path, lambda: read_json(path, kind), kind())
 
 
 def _lines(found: Findings, path: epath.Path) -> list[dict[str, Any]]:
   from rocl_jax import metrics
 
-  try:
-    return metrics.read_lines(path)
-  except UserError as e:
-    found.damage.append(str(e))
-    return []
+  return _read(found, path, lambda: metrics.read_lines(path), [])
 
 
 def _results(found: Findings, path: epath.Path) -> list[dict[str, Any]]:
   from rocl_jax import results
 
+  return _read(found, path, lambda: results.read(path), [])
+
+
+def _read(
+  found: Findings, path: epath.Path, function: Callable[[], T], nothing: T
+) -> T:
+  """What the function reads of a file; `nothing` where it can't."""
   try:
-    return results.read(path)
+    return function()
+  except Unreadable as e:
+    found.unreadable.append(str(e))
   except UserError as e:
     found.damage.append(str(e))
-    return []
+    found.first.append(f'delete {shown(path)}')
+  return nothing
 
 
 def _run_line(config: dict[str, Any]) -> str:
@@ -198,6 +238,15 @@ def _model_line(about: dict[str, Any]) -> str:
   keys = ('run', 'stage', 'selection', 'epoch', 'dataset', 'fingerprint')
   told = ', '.join(f'{k} {about.get(k)}' for k in keys)
   return f'{told}, sparsity {about.get("sparsity")}'
+
+
+def _holder(found: Findings, path: epath.Path) -> dict[str, Any]:
+  try:
+    return workdir.holder(path)
+  except Unreadable as e:
+    if str(e) not in found.unreadable:
+      found.unreadable.append(str(e))
+    return {}
 
 
 def _state_line(holder: dict[str, Any]) -> str:
@@ -215,25 +264,35 @@ def _state_line(holder: dict[str, Any]) -> str:
 def _next(path: epath.Path, found: Findings, holder: dict[str, Any]) -> str:
   if holder.get('alive'):
     return 'nothing: it is running'
-  again = shlex.join(['python', *shlex.split(holder.get('command') or '')])
+  status, command = holder.get('status'), holder.get('command')
+  again = 'the command that began it'
+  if command:
+    again = shlex.join(['python', *shlex.split(command)])
+  if found.unreadable:
+    return f'see to what can not be read, and nothing is lost; then {again}'
+  if found.first:
+    return f'{", ".join(dict.fromkeys(found.first))}; then {again}'
   if found.damage:
     return (
       f'{again}: damaged saves and models that it still needs are set aside, '
-      'and the ones before used; delete what else is damaged'
+      'and the ones before used'
     )
-  if found.complete and holder.get('status') == 'finished':
-    return f'python -m rocl_jax.report {path}'
+  if found.complete and status == 'finished':
+    return f'python -m rocl_jax.report {shown(path)}'
+  if str(status).startswith('failed'):
+    return f'{again}, once that is mended which it {status}'
   return f'{again}: it goes on'
 
 
 def text(path: epath.Path, found: Findings) -> str:
   """The findings, on one screen."""
-  lines = [(str(path), ''), *found.lines]
+  lines = [(shown(path), ''), *found.lines]
   whole = f'{found.files} files, {found.bytes / 1e6:.1f} MB as written'
   lines.append(('bytes', whole))
   lines += [('DAMAGED', problem) for problem in found.damage]
-  if (path / 'config.json').exists():
-    lines.append(('next', _next(path, found, workdir.holder(path))))
+  lines += [('UNREADABLE', problem) for problem in found.unreadable]
+  if exists(path / 'config.json'):
+    lines.append(('next', _next(path, found, _holder(found, path))))
   width = max(len(heading) for heading, _ in lines[1:])
   return '\n'.join(f'{h:<{width}}  {t}'.rstrip() for h, t in lines)
 
@@ -243,13 +302,15 @@ def main(arguments: list[str]) -> None:
     raise UserError(
       f'found {arguments[0]}, wanted a folder of this machine, such as a copy'
     )
-  path = epath.Path(arguments[0]).expanduser().resolve()
-  if not path.is_dir():
+  path = epath.Path(place(arguments[0]))
+  if not exists(path) or not path.is_dir():
     raise UserError(f'{arguments[0]}: no such folder')
   found = examine(path)
   print(text(path, found))
   if found.damage:
     raise RunFailed(f'{len(found.damage)} damaged: {found.damage[0]}')
+  if found.unreadable:
+    raise Unreadable(found.unreadable[0])
 
 
 if __name__ == '__main__':

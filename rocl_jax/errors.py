@@ -5,6 +5,7 @@ command line prints the message without a stack trace and exits with status 2.
 """
 
 import difflib
+import shlex
 from collections.abc import Collection
 
 
@@ -15,6 +16,31 @@ class UserError(Exception):
 
 class RunFailed(Exception):
   """A run or an evaluation failed its own checks; exit status 3."""
+
+
+class Unreadable(RunFailed):
+  """What is there can't be read just now; that says nothing of its content."""
+
+
+def unreadable(path: object, error: BaseException) -> Unreadable:
+  """That a path can't be read, and why: a disk that is away, a wrong mode."""
+  why = error.strerror if isinstance(error, OSError) else None
+  return Unreadable(
+    f'{shown(path)}: can not be read: {why or one_line(error)}; it is left '
+    'as it is, and the same command goes on once it can be'
+  )
+
+
+def shown(path: object) -> str:
+  """A path as it can be pasted into a shell."""
+  return shlex.quote(str(path))
+
+
+def of_disk(error: OSError) -> str:
+  """Names the file, if the error does, and what is wrong with it."""
+  names = [shown(x) for x in (error.filename, error.filename2) if x]
+  why = error.strerror or one_line(error)
+  return f'{" -> ".join(names) or "disk or network"}: {why}'
 
 
 def nearest(name: str, names: Collection[str]) -> str:

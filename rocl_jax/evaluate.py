@@ -4,7 +4,9 @@ r"""Evaluates saved models, and audits what it finds.
       --config=configs/eval.py:standard
 
 --model=FOLDER[,FOLDER]    model folders, with their own masks; also
-                           gs://bucket/run/4_finetune/model
+                           gs://bucket/run/4_finetune/model. May be given
+                           several times; a folder that is there may have
+                           commas in its name
 --config=FILE[:SUITE]      attacks and images: configs/eval.py:paper, :quick,
                            :standard, :transfer and others, see there, or any
                            one attack; --config.FIELD=VALUE overrides
@@ -21,6 +23,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -28,9 +31,9 @@ from ml_collections import ConfigDict
 
 from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
-from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.remote import is_remote
-from rocl_jax.settings import FieldError, one_of, parse, within
+from rocl_jax.errors import RunFailed, UserError, shown
+from rocl_jax.files import exists, is_remote, places
+from rocl_jax.settings import FieldError, Place, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
 CLAIM = 'evaluation.json'  # who writes beside a model, see `workdir`
@@ -46,7 +49,7 @@ class DataOverride:
   """
 
   source: str
-  dir: str
+  dir: Place
 
   def __post_init__(self):
     if self.source:
@@ -80,7 +83,7 @@ class Transfer:
       as the published Table 4 did.
   """
 
-  surrogates: tuple[str, ...]
+  surrogates: tuple[Place, ...]
   matrix: bool
   unmasked: bool
 
@@ -187,7 +190,7 @@ def _local_folders(
 
 
 def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
-  from rocl_jax import saved, transfer, workdir
+  from rocl_jax import mesh, saved, transfer, workdir
 
   load = functools.partial(saved.load, dtype=settings.dtype)
   loaded = [load(folder, '--model') for folder in folders]
@@ -203,7 +206,9 @@ def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
     _check_folder(one.folder.parent)
     if settings.transfer.unmasked:
       transfer.dense_variables(one)
+  dtypes = [one.network.settings.dtype for one in (*models, *surrogates)]
   with contextlib.ExitStack() as held:  # one evaluation a folder at a time
+    held.enter_context(mesh.counting_in(dtypes))
     for folder in sorted({one.folder.parent for one in models}):
       held.enter_context(workdir.claim(folder, '--model', CLAIM))
     return _evaluate(settings, models, surrogates, splits, about_splits)
@@ -322,7 +327,7 @@ def _check_folder(folder):
   from rocl_jax.files import read_json
 
   for name in ('results.json', 'audit.json', 'transfer.json'):
-    if (folder / name).exists():
+    if exists(folder / name):
       read_json(folder / name, list)
   probe = folder / f'.writable-{os.getpid()}'
   try:
@@ -330,17 +335,31 @@ def _check_folder(folder):
     probe.unlink(missing_ok=True)
   except OSError as e:
     raise UserError(
-      f'--model: results go to {folder}, which can not be written: {e.strerror}'
+      f'--model: results go to {shown(folder)}, which can not be written: '
+      f'{e.strerror}'
     ) from None
 
 
+def _folders(text: str) -> list[str]:
+  """The folders of a --model, which separates them by commas."""
+  found = places(text)
+  for folder in found:
+    if len(found) > 1 and not is_remote(folder) and not exists(Path(folder)):
+      raise UserError(
+        f'--model: found {text}, and there is no folder {shown(folder)}; '
+        'commas separate folders, unless one that is there has them in its name'
+      )
+  return found
+
+
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, interruption, report
+  from rocl_jax import compiled, interruption, mesh, report
   from rocl_jax.audit import failed
 
+  mesh.check_devices()
   interruption.install('stopped; the same command goes on where it was')
   compiled.keep_programs()
-  folders = [x for x in flags.FLAGS.model.split(',') if x]
+  folders = [x for text in flags.FLAGS.model for x in _folders(text)]
   found = evaluate(flags.FLAGS.config, folders)
   print(report.evaluation_table(found.records))
   if found.transfers:
@@ -361,5 +380,5 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
   command.define_config()
-  flags.DEFINE_string('model', None, 'Model folders.')
+  flags.DEFINE_multi_string('model', None, 'Model folders.')
   command.run(main, usage=__doc__ or '', required=('config', 'model'))

@@ -8,7 +8,7 @@ it changes.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from rocl_jax import data, evaluation, metrics, models, stream
 from rocl_jax.errors import UserError, nearest
-from rocl_jax.remote import is_remote
-from rocl_jax.settings import at_least, one_of, parse, within
+from rocl_jax.files import is_remote, place
+from rocl_jax.settings import Place, at_least, one_of, parse, within
 from rocl_jax.stages import STAGES
 from rocl_jax.training import Training
 
@@ -40,7 +40,7 @@ class DataSettings:
   """
 
   source: str
-  dir: str
+  dir: Place
   validation: int
   resident: bool = True
 
@@ -211,6 +211,13 @@ def _parse_run(config, name, where):
     if field not in known:
       raise UserError(f'{where}.{field}: no such field{nearest(field, known)}')
   top = parse(_TopLevel, fields, where)
+  start = top.init_from
+  if not _is_stage_folder(start, (top.name, *top.compare)):
+    try:
+      start = place(start)
+    except UserError as e:
+      raise UserError(f'{where}.init_from: {e}') from None
+  values['data'] |= {'dir': top.data.dir}
   # The stages of this run first: a mistake shows where it was made.
   sections = {
     stage: parse(STAGES[stage].Settings, values[stage], f'{where}.{stage}')
@@ -231,12 +238,18 @@ def _parse_run(config, name, where):
     directory=directory,
     seed=top.seed,
     stages=tuple((stage, sections[stage]) for stage in top.stages),
-    init_from=top.init_from,
+    init_from=start,
     model=top.model,
     config={k: v for k, v in values.items() if k != 'baselines'}
-    | {'name': name, 'stages': top.stages},
+    | {'name': name, 'stages': top.stages, 'init_from': start},
   )
   return top, run
+
+
+def _is_stage_folder(start: str, names: Collection[str]) -> bool:
+  """Whether `init_from` names one of a run before, and is no path."""
+  name, _, folder = start.rpartition('/')
+  return name in ('', *names) and folder[:1].isdigit()
 
 
 def _check_starts(runs):
@@ -244,8 +257,7 @@ def _check_starts(runs):
   folders: list[str] = []
   for run in runs:
     start = run.init_from
-    name, _, folder = start.rpartition('/')
-    ours = name in ('', *(one.name for one in runs)) and folder[:1].isdigit()
+    ours = _is_stage_folder(start, [one.name for one in runs])
     where = 'config' if run is runs[0] else f'config.baselines.{run.name}'
     if is_remote(start):
       raise UserError(

@@ -1,16 +1,109 @@
-"""Small JSON files: written whole or not at all, read with a plain word."""
+"""Paths as users write them; small JSON files, written whole or not at all.
 
+What can't be read just now is neither missing nor damaged: `Unreadable`.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, one_line, shown, unreadable
+
+_MISSING = (FileNotFoundError, NotADirectoryError)
+
+
+def is_remote(place: str) -> bool:
+  """Whether it is a URL, not a path."""
+  return '://' in place
+
+
+def place(text: str) -> str:
+  """A path as a user wrote it, absolute and without `~`; URLs and '' stay.
+
+  Raises:
+    UserError: `~` and no user of that name.
+  """
+  if not text or is_remote(text):
+    return text
+  path = os.path.expanduser(text)
+  if path.startswith('~'):
+    raise UserError(
+      f'found {text}, and there is no user {path.partition("/")[0][1:]!r}; '
+      f'wanted a path, such as ./{path}'
+    )
+  return os.path.abspath(path)
+
+
+def places(text: str) -> list[str]:
+  """The paths of a text that separates them by commas; see `place`.
+
+  A folder that is there may have commas in its name.
+  """
+  words, found = text.split(','), []
+  while words:
+    count = next(
+      (
+        n
+        for n in range(len(words), 1, -1)
+        if os.path.isdir(place(','.join(words[:n])))
+      ),
+      1,
+    )
+    found.append(place(','.join(words[:count])))
+    words = words[count:]
+  return [path for path in found if path]
+
+
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+  """Within, what can't be read is told as `Unreadable`.
+
+  Raises:
+    FileNotFoundError, NotADirectoryError: as they were: an answer.
+    Unreadable: any other error of the file system.
+  """
+  try:
+    yield
+  except _MISSING:
+    raise
+  except OSError as e:
+    raise unreadable(e.filename or path, e) from None
+
+
+def exists(path: os.PathLike) -> bool:
+  """Whether there is such a file or folder.
+
+  `Path.exists` says no where it can't be known.
+
+  Raises:
+    Unreadable: it can't be known.
+  """
+  with reading(path):
+    try:
+      os.stat(path)
+    except _MISSING:
+      return False
+  return True
+
+
+def entries(folder: epath.Path) -> list[epath.Path]:
+  """What is in a folder, by name; nothing where there is none.
+
+  Raises:
+    Unreadable: it can't be known.
+  """
+  with reading(folder):
+    try:
+      return sorted(folder / name for name in os.listdir(folder))
+    except _MISSING:
+      return []
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -28,14 +121,22 @@ def read_json(path: epath.Path, kind: type) -> Any:
   """The content of a JSON file.
 
   Raises:
-    UserError: it can't be read, is not JSON, or not a `kind` at the top.
+    UserError: there is none, it is not JSON, or not a `kind` at the top.
+    Unreadable: it can't be read now.
   """
   try:
-    value = json.loads(path.read_text())
+    with reading(path):
+      content = path.read_bytes()
+    value = json.loads(content)
   except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'{path}: not a valid JSON file: {e}') from None
+    why = f'not a valid JSON file: {one_line(e)}'
+    if isinstance(e, OSError):
+      why = 'no such file'
+    raise UserError(f'{shown(path)}: {why}') from None
   if not isinstance(value, kind):
-    raise UserError(f'{path}: found {value!r:.40}, wanted a {kind.__name__}')
+    raise UserError(
+      f'{shown(path)}: found {value!r:.40}, wanted a {kind.__name__}'
+    )
   return value
 
 
@@ -59,8 +160,9 @@ def check_record(path: object, i: int, record: Mapping[str, Any]) -> None:
   """Raises UserError if a record of a results.json is not what was written."""
   if record.get('checksum', '') not in ('', checksum(record)):
     raise UserError(
-      f'{path}: record {i}, {record.get("attack")!r} on {record["run"]!r}, '
-      f'{record["stage"]!r}, is not what was written; delete it to measure anew'
+      f'{shown(path)}: record {i}, {record.get("attack")!r} on '
+      f'{record["run"]!r}, {record["stage"]!r}, is not what was written; '
+      'delete it to measure anew'
     )
 
 

@@ -18,6 +18,8 @@ from etils import epath
 
 from rocl_jax import processes
 from rocl_jax.attacks.ensemble import Fates
+from rocl_jax.errors import shown
+from rocl_jax.files import exists, reading
 from rocl_jax.progress import say
 
 _LARGEST = 1 << 28  # bytes, unpacked: those of six million images
@@ -40,15 +42,19 @@ class Journal:
     self._written = time.monotonic()
 
   def read(self) -> Fates | None:
-    """The last state; None where there is none, or a damaged one."""
+    """The last state; None where there is none, or a damaged one.
+
+    Raises:
+      Unreadable: it can't be read now.
+    """
     return processes.from_first(self._read)
 
   def _read(self) -> Fates | None:
-    if not self._path.exists():
+    if not exists(self._path):
       return None
+    with reading(self._path):
+      content = io.BytesIO(self._path.read_bytes())
     try:
-      with self._path.open('rb') as file:
-        content = io.BytesIO(file.read())
       with zipfile.ZipFile(content) as members:
         if sum(x.file_size for x in members.infolist()) > _LARGEST:
           raise ValueError('a zip bomb')
@@ -58,7 +64,7 @@ class Journal:
       return fates
     # Damaged bytes raise whatever zipfile, zlib and NumPy's parsers raise.
     except Exception:
-      say(f'{self._path}: can not be read; this evaluation starts anew')
+      say(f'{shown(self._path)}: is damaged; this evaluation starts anew')
       return None
 
   def write(self, fates: Fates, now: bool = False) -> None:

@@ -26,7 +26,8 @@ from rocl_jax import (
   stream,
 )
 from rocl_jax.data import Split
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, shown
+from rocl_jax.files import exists
 from rocl_jax.interruption import Interrupted
 from rocl_jax.mesh import replicated, split
 from rocl_jax.progress import Progress, say
@@ -248,6 +249,29 @@ class StageRun:
   resident: bool = True
 
 
+def state_form(run: StageRun) -> TrainState:
+  """The shapes of a stage's state; `upstream` may be shapes, too."""
+  size = run.settings.batch_size
+  steps = len(run.train.labels) // size
+  optimizer, _ = optim.make(
+    run.settings.optimizer,
+    run.settings.total_epochs,
+    steps,
+    run.settings.segments,
+  )
+  step = make_step(run.stage, optimizer, run.mesh, run.settings.microbatch)
+  images, labels = run.train
+  data = TrainingSet(
+    jax.ShapeDtypeStruct((len(images), images[0].size), images.dtype),
+    jax.ShapeDtypeStruct(labels.shape, labels.dtype),
+    images.shape[1:],
+  )
+  order = jax.ShapeDtypeStruct((steps, size), jnp.int32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  first = first_state(run.stage, optimizer, step, (data, order, key))
+  return jax.eval_shape(first, run.upstream, key)
+
+
 def run_stage(run: StageRun) -> Variables:
   """Trains a stage from its last save, or from the start; saves its models.
 
@@ -291,10 +315,7 @@ def run_stage(run: StageRun) -> Variables:
     state, rows = states.restore(like=state) or (state, [])
     done = int(state.step)
     if done > total:
-      raise UserError(
-        f'{run.label}: {run.directory} has done {done} steps, and the config '
-        f'asks for {total} in all'
-      )
+      raise UserError(f'{run.label}: {too_far(run.directory, done, total)}')
     _forget_skips(run, done)
     if done:
       say(f'{run.label}: resumed at step {done} of {total}')
@@ -347,6 +368,14 @@ def run_stage(run: StageRun) -> Variables:
   return variables
 
 
+def too_far(directory: epath.Path, done: int, total: int) -> str:
+  """That a stage has done more steps than it is to do."""
+  return (
+    f'{shown(directory)} has done {done} steps, and the config asks for '
+    f'{total} in all'
+  )
+
+
 def _check_skips(
   run: StageRun,
   states: checkpoint.States,
@@ -366,7 +395,8 @@ def _check_skips(
     raise RunFailed(
       f'{run.label}: loss or gradient was not finite in {in_row} steps in a '
       f'row, about step {int(state.step)} (config.max_skipped is '
-      f'{run.max_skipped}); {save}; their images: {run.directory / SKIPPED}'
+      f'{run.max_skipped}); {save}; their images: '
+      f'{shown(run.directory / SKIPPED)}'
     )
 
 
@@ -391,7 +421,7 @@ def _means(
 def _forget_skips(run: StageRun, done: int) -> None:
   """Leaves out what steps that are done again have written."""
   path = run.directory / SKIPPED
-  if processes.is_first() and path.exists():
+  if processes.is_first() and exists(path):
     metrics.write(
       path, [r for r in metrics.read_lines(path) if r['step'] <= done]
     )

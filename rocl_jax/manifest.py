@@ -15,14 +15,18 @@ from typing import Any
 
 from etils import epath
 
-from rocl_jax.errors import one_line
+from rocl_jax.errors import UserError, one_line, shown
+from rocl_jax.files import exists, reading
 
 MANIFEST = 'manifest.json'
 _CHUNK = 1 << 22
 
 
-class Damaged(Exception):
-  """A folder is not what its manifest says; one line that names the file."""
+class Damaged(UserError):
+  """A folder is not what its manifest says; one line that names the file.
+
+  What can't be read just now is not damaged: `errors.Unreadable`.
+  """
 
 
 def seal(folder: epath.Path, about: dict[str, Any]) -> None:
@@ -46,8 +50,12 @@ def seal(folder: epath.Path, about: dict[str, Any]) -> None:
 
 
 def is_sealed(folder: epath.Path) -> bool:
-  """Whether the folder was finished; nothing of it is read."""
-  return (folder / MANIFEST).exists()
+  """Whether the folder was finished; nothing of it is read.
+
+  Raises:
+    Unreadable: it can't be known.
+  """
+  return exists(folder / MANIFEST)
 
 
 def verify(folder: epath.Path) -> dict[str, Any]:
@@ -58,18 +66,22 @@ def verify(folder: epath.Path) -> dict[str, Any]:
 
   Raises:
     Damaged: the manifest or a file is missing, or not what it was.
+    Unreadable: one of them can't be read now.
   """
   content = read(folder)
   for name, wanted in content['files'].items():
     path = folder / name
     try:
-      size, digest = _checksum(path)
-    except OSError as e:
-      raise Damaged(f'{path}: can not be read: {e.strerror or e}') from None
+      with reading(path):
+        size, digest = _checksum(path)
+    except OSError:
+      raise Damaged(f'{shown(path)}: missing') from None
     if size != wanted['bytes']:
-      raise Damaged(f'{path}: has {size} bytes, wanted {wanted["bytes"]}')
+      raise Damaged(
+        f'{shown(path)}: has {size} bytes, wanted {wanted["bytes"]}'
+      )
     if digest != wanted['sha256']:
-      raise Damaged(f'{path}: its bytes are not those that were written')
+      raise Damaged(f'{shown(path)}: its bytes are not those that were written')
   return content['about']
 
 
@@ -78,10 +90,13 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
   Raises:
     Damaged: it is missing, or not what it was.
+    Unreadable: it can't be read now.
   """
   path = folder / MANIFEST
   try:
-    content = json.loads(path.read_bytes())
+    with reading(path):
+      text = path.read_bytes()
+    content = json.loads(text)
     wanted = content.pop('sha256')
     if wanted != _own(content):
       raise ValueError('it is not what was written')
@@ -91,12 +106,12 @@ def read(folder: epath.Path) -> dict[str, Any]:
       for name, f in files.items()
     ):
       raise ValueError('no manifest of ours')
-  except FileNotFoundError:
-    raise Damaged(f'{path}: missing') from None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise Damaged(f'{path}: can not be read: {one_line(e)}') from None
+  except OSError:
+    raise Damaged(f'{shown(path)}: missing') from None
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise Damaged(f'{shown(path)}: is damaged: {one_line(e)}') from None
   except RecursionError:
-    raise Damaged(f'{path}: can not be read: nested too deeply') from None
+    raise Damaged(f'{shown(path)}: is damaged: nested too deeply') from None
   return content
 
 

@@ -4,11 +4,73 @@ The same code runs on one device and on many. A training step is written for
 the whole batch, so NT-Xent's negatives and BatchNorm's statistics are global.
 """
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import jax
 import numpy as np
+from jax.extend import backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rocl_jax.errors import UserError
+from rocl_jax.errors import RunFailed, UserError, one_line
+from rocl_jax.progress import warn
+
+
+def check_devices() -> None:
+  """To be called before any device work, and after `processes.start`.
+
+  Raises:
+    UserError: JAX was told to use devices that are not there.
+    RunFailed: it finds none at all.
+  """
+  try:
+    jax.devices()
+    return
+  except Exception as e:  # whatever a plugin raises
+    why = one_line(e)
+  asked = jax.config.values.get('jax_platforms')
+  if not asked:
+    raise RunFailed(f'JAX finds no device: {why}')
+  backend.clear_backends()
+  jax.config.update('jax_platforms', None)
+  try:
+    there = {device.platform for device in jax.devices()}
+  except Exception:
+    there = {'nothing'}
+  finally:
+    jax.config.update('jax_platforms', asked)
+  raise UserError(
+    f'JAX_PLATFORMS: found {asked}, which JAX can not use here ({why}); there '
+    f'is {", ".join(sorted(there))}: wanted that, or no JAX_PLATFORMS'
+  )
+
+
+@contextlib.contextmanager
+def counting_in(dtypes: Collection[str]) -> Iterator[None]:
+  """Within, JAX's 64-bit mode is off unless the networks count so.
+
+  A network of float32 is the same with JAX_ENABLE_X64 and without.
+
+  Args:
+    dtypes: of the networks, see `models.Settings`.
+
+  Raises:
+    UserError: some count in 64 bits, and some do not.
+  """
+  if not jax.config.values['jax_enable_x64']:
+    yield
+    return
+  if 'float64' in dtypes:
+    if others := set(dtypes) - {'float64'}:
+      raise UserError(
+        f'config.model.dtype: found float64 and {", ".join(sorted(others))}, '
+        'wanted networks of one kind where JAX_ENABLE_X64 is set'
+      )
+    yield
+    return
+  warn('JAX_ENABLE_X64: left aside, as no config.model.dtype is float64')
+  with jax.enable_x64(False):
+    yield
 
 
 def make_mesh() -> Mesh:

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from rocl_jax.errors import UserError
-from rocl_jax.files import write_text
+from rocl_jax.errors import UserError, one_line, shown
+from rocl_jax.files import exists, reading, write_text
 
 Row = dict[str, Any]
 
@@ -19,15 +19,20 @@ def read_lines(path: epath.Path) -> list[Row]:
 
   Raises:
     UserError: the file holds something else.
+    Unreadable: it can't be read now.
   """
-  if not path.exists():
+  if not exists(path):
     return []
+  with reading(path):
+    content = path.read_bytes()
   try:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in content.splitlines()]
     if not all(isinstance(row, dict) for row in rows):
       raise ValueError('a line is no object')
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'{path}: not lines of JSON: {e}') from None
+  except (ValueError, RecursionError) as e:
+    raise UserError(
+      f'{shown(path)}: not lines of JSON: {one_line(e)}'
+    ) from None
   return rows
 
 

@@ -36,11 +36,11 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from rocl_jax import interruption, processes, workdir
-from rocl_jax.errors import RunFailed, UserError
-from rocl_jax.files import cache_folder
+from rocl_jax.errors import RunFailed, Unreadable, UserError, of_disk, shown
+from rocl_jax.files import cache_folder, exists, is_remote, reading
 from rocl_jax.manifest import MANIFEST, Damaged, verify
 from rocl_jax.progress import say, warn
-from rocl_jax.remote import Remote, is_remote, told
+from rocl_jax.remote import Remote, told
 
 _TURN = 15.0  # seconds between pushes, and between signs of life
 _FIRST = 1.0  # second after which the first sign of life goes
@@ -94,6 +94,8 @@ def mirrored(
         yield folder
     else:
       yield folder
+  except Unreadable:
+    raise  # of the copy
   except (UserError, RunFailed) as e:
     if not folder or place in str(e):
       raise
@@ -155,12 +157,12 @@ class _Mirror:
     tail = re.sub(r'[^\w.-]+', '-', url.partition('://')[2], flags=re.ASCII)
     self.folder = cache_folder() / f'{digest}-{tail[-40:].strip("-.")}'
     self._unpushed = self.folder.with_name(self.folder.name + '.unpushed')
-    say(f'{url}: kept in {self.folder} while it is worked on')
+    say(f'{url}: kept in {shown(self.folder)} while it is worked on')
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       self._lock = self.folder.with_name(self.folder.name + '.lock').open('w')
     except OSError as e:
-      raise UserError(f'{field}: {e.filename}: {e.strerror}') from None
+      raise UserError(f'{field}: {of_disk(e)}') from None
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -203,7 +205,7 @@ class _Mirror:
   def _was_ours(self):
     """Whether nobody has held the place since a run here did not push all."""
     claim = _content(self.folder / self._claim)
-    if not claim or not self._unpushed.exists():  # without one: deleted
+    if not claim or not exists(self._unpushed):  # without one: deleted
       return False
     return self._found in (claim, _content(self._unpushed))
 
@@ -214,7 +216,10 @@ class _Mirror:
       names = {n for n in files if self._belongs(n)}
       ours = self._was_ours()
       if ours:
-        say(f'{self._url}: goes on from {self.folder}, which was not all there')
+        say(
+          f'{self._url}: goes on from {shown(self.folder)}, which was not all '
+          'there'
+        )
       else:
         self._set_aside()
       whole = _whole(self._remote, self.folder, names)
@@ -235,6 +240,8 @@ class _Mirror:
         if files.get(name) != here[name][0]:
           warn(f'{self._url}: {name} is damaged there, and whole here')
           self._known[name] = None
+    except Unreadable:
+      raise
     except Exception as e:
       raise RunFailed(f'{self._url}: could not be fetched: {told(e)}') from None
     self._known.pop(self._claim, None)
@@ -242,19 +249,19 @@ class _Mirror:
     self._ours = {self._found}
 
   def _set_aside(self):
-    if not self._unpushed.exists():
+    if not exists(self._unpushed):
       return
-    if not (self.folder / self._claim).exists():  # somebody deleted it
+    if not exists(self.folder / self._claim):  # somebody deleted it
       self._unpushed.unlink()
       return
     names = (f'{self.folder.name}.{i}' for i in itertools.count(1))
-    aside = next(p for p in map(self.folder.with_name, names) if not p.exists())
+    aside = next(p for p in map(self.folder.with_name, names) if not exists(p))
     self.folder.rename(aside)
     self.folder.mkdir()
     self._unpushed.unlink()
     say(
       f'{self._url}: others went on with it; what a run here did not get there '
-      f'is kept in {aside}'
+      f'is kept in {shown(aside)}'
     )
 
   @contextlib.contextmanager
@@ -307,7 +314,7 @@ class _Mirror:
           before = f'; the run had ended: {failed}' if failed else ''
           raise RunFailed(
             f'{self._lost or f"{self._url}: {told(e)}"}; what is not there is '
-            f'kept in {self.folder}{before}'
+            f'kept in {shown(self.folder)}{before}'
           ) from None
         time.sleep(pause)
     if self._held:
@@ -373,7 +380,7 @@ class _Mirror:
     for name in seals:
       if not self._seal(name, now[name]):
         return  # what is sealed later may build on it, and waits, too
-    gone = [n for n in self._known if not (self.folder / n).exists()]
+    gone = [n for n in self._known if not exists(self.folder / n)]
     for name in sorted(gone, key=lambda name: not _is_manifest(name)):
       self._remove(name)
 
@@ -391,7 +398,7 @@ class _Mirror:
     try:
       self._remote.put(name, self.folder / name)
     except FileNotFoundError:
-      if (self.folder / name).exists():
+      if exists(self.folder / name):
         raise
       return  # it was replaced or deleted meanwhile: next time
     self._known[name] = stat
@@ -500,7 +507,12 @@ def _delete(folder: pathlib.Path, unwanted: Wanted) -> None:
 def _stats(folder: pathlib.Path) -> Stats:
   """Every file below a folder that is not half-made."""
   found = {}
-  for base, folders, files in os.walk(folder):
+
+  def failed(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # deleted meanwhile
+      raise error
+
+  for base, folders, files in os.walk(folder, onerror=failed):
     folders[:] = [n for n in folders if not n.endswith(_HALF_MADE)]
     for file in files:
       path = pathlib.Path(base) / file
@@ -511,18 +523,20 @@ def _stats(folder: pathlib.Path) -> Stats:
 
 
 def _stat(path: pathlib.Path) -> tuple[int, int] | None:
-  try:
-    stat = path.stat()
-  except OSError:
-    return None
+  with reading(path):
+    try:
+      stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+      return None
   return stat.st_size, stat.st_mtime_ns
 
 
 def _content(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError:
-    return b''
+  with reading(path):
+    try:
+      return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+      return b''
 
 
 @contextlib.contextmanager

@@ -8,15 +8,19 @@
   WORKDIR/<k>_<stage>/examples.json     a few images, before and after attack
   WORKDIR/<baseline>/<k>_<stage>/       the same for each baseline
   WORKDIR/results.json                  accuracies of all models
+  WORKDIR/versions.jsonl                versions, devices and settings over time
+  WORKDIR/changes.jsonl                 what else was gone on with
 
 The same command after an interruption goes on where it stopped: stages with
 a model are skipped, an unfinished one resumes from its last save.
 """
 
 import functools
+import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -31,15 +35,18 @@ from rocl_jax import (
   interruption,
   loop,
   masks,
+  metrics,
   models,
   processes,
+  provenance,
   results,
 )
 from rocl_jax.data import Dataset, Split, load, prepare
-from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.errors import RunFailed, UserError, nearest, shown
 from rocl_jax.experiment import Experiment, Run, parse_experiment
-from rocl_jax.files import read_json, write_json
-from rocl_jax.mesh import check_batch, make_mesh
+from rocl_jax.files import exists, read_json, write_json
+from rocl_jax.manifest import Damaged
+from rocl_jax.mesh import check_batch, counting_in, make_mesh
 from rocl_jax.mirror import mirrored
 from rocl_jax.progress import say, warn
 from rocl_jax.stages import STAGES
@@ -49,6 +56,7 @@ from rocl_jax.types import Variables
 from rocl_jax.workdir import claim, make
 
 CONFIG = 'config.json'
+VERSIONS = 'versions.jsonl'  # a line for each change, the first as it began
 _EXAMPLES = 8  # images in examples.json
 
 
@@ -73,7 +81,8 @@ def run(
     Interrupted: the process was asked to stop.
   """
   experiment = parse_experiment(config)
-  with mirrored(workdir, '--workdir') as folder:
+  dtypes = [one.model.dtype for one in experiment.runs]
+  with counting_in(dtypes), mirrored(workdir, '--workdir') as folder:
     root = processes.from_first(lambda: make(folder, '--workdir'))
     with claim(root, '--workdir'):
       return _run(experiment, root, allowed)
@@ -89,8 +98,8 @@ def _run(
   _check_sizes(experiment, dataset)
   chains = _chains(experiment, dataset, root)
   _agree(chains)
-  _rehearse(chains)
-  processes.from_first(lambda: _open(chains, allowed, root))
+  shapes = _rehearse(chains)
+  processes.from_first(lambda: _open(chains, allowed, root, lambda: shapes))
   for chain in chains:
     run_chain(chain)
   return processes.from_first(lambda: results.read(root / 'results.json'))
@@ -107,9 +116,10 @@ def check(
   Raises:
     UserError: the folder was made by another config.
   """
-  if (root / CONFIG).exists():
+  if exists(root / CONFIG):
     chains = _chains(experiment, dataset, root)
-    _check_requests(chains, allowed, root, keep=False)
+    shapes = functools.partial(_rehearse, chains)
+    _check_requests(chains, allowed, root, shapes, keep=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +168,19 @@ class Chain:
 
 
 def _open(
-  chains: Sequence[Chain], allowed: Collection[str], root: epath.Path
+  chains: Sequence[Chain],
+  allowed: Collection[str],
+  root: epath.Path,
+  shapes: Callable[[], 'Shapes'],
 ) -> None:
   """Reads what a work directory holds before anything is added to it."""
   results.read(root / 'results.json')  # a damaged one is told of now
-  _check_requests(chains, allowed, root)
+  _check_requests(chains, allowed, root, shapes)
   write_json(root / CONFIG, chains[0].run.config)
+  path, now = root / VERSIONS, provenance.versions()
+  lines = metrics.read_lines(path)
+  if not lines or lines[-1].get('versions') != now:
+    metrics.write(path, [*lines, {'at': _now(), 'versions': now}])
 
 
 def _agree(chains: Sequence[Chain]) -> None:
@@ -173,8 +190,8 @@ def _agree(chains: Sequence[Chain]) -> None:
   processes.agree(
     {
       **{f'config of {c.run.name}': c.run.config for c in chains},
-      'versions': results.versions(),
-      'code': results.code_fingerprint(),
+      'versions': provenance.software(),
+      'code': provenance.code_fingerprint(),
       'images': [results.crc32(split) for split in splits],
     }
   )
@@ -236,26 +253,39 @@ def run_chain(chain: Chain) -> None:
       say(f'{chain.run.name}/{name}: finished before')
     else:
       _write_request(chain, name, directory)
-      variables = _train(chain, name, settings, variables, directory)
+      variables = loop.run_stage(
+        _stage_run(chain, name, settings, variables, directory)
+      )
     if 'head' in variables['params']:
       _evaluate(chain, directory)
 
 
 def _write_request(chain, name, directory):
   if processes.is_first():
-    request = _request(chain, name)
-    write_json(directory / 'request.json', request)
+    path, began = directory / 'request.json', _now()
+    if checkpoint.steps(directory / 'checkpoints') and exists(path):
+      began = read_json(path, dict).get('began', '')
+    write_json(path, _request(chain, name) | {'began': began})
+
+
+def _now():
+  return datetime.now(UTC).isoformat(timespec='seconds')
 
 
 def _finished(path: epath.Path) -> Variables | None:
   """A stage's last model; None if there is none, or a damaged one, which the
-  stage's last train state can make again."""
-  if not path.exists():
+  stage's last train state can make again.
+
+  Raises:
+    Unreadable: it can't be known; nothing was moved.
+    UserError: the model is whole, and none of this version.
+  """
+  if not exists(path):
     return None
   try:
     return checkpoint.load_model(path)[0]
-  except UserError as e:
-    say(f'{e}; set aside as {checkpoint.set_aside(path)}')
+  except Damaged as e:
+    say(f'{e}; set aside as {shown(checkpoint.set_aside(path))}')
     return None
 
 
@@ -265,12 +295,13 @@ def _selected(path: epath.Path) -> bool:
   Raises:
     RunFailed: it was, and is damaged: no train state is kept to make it of.
   """
-  there = path.exists()
+  there = exists(path)
   whole = _finished(path) is not None
   if there and not whole:
     raise RunFailed(
-      f'{path} was damaged and is set aside; the same command goes on without '
-      f'it, and makes it anew if you delete {path.parent} and what follows'
+      f'{shown(path)} was damaged and is set aside; the same command goes on '
+      f'without it, and makes it anew if you delete {shown(path.parent)} and '
+      'what follows'
     )
   return whole
 
@@ -296,20 +327,26 @@ def _fresh(chain: Chain) -> Variables:
   return chain.model.init(key, chain.dataset.train.images.shape[1:])
 
 
-def _rehearse(chains: Sequence[Chain]) -> None:
+# By stage folder the shapes of what it starts from and what it hands on.
+Shapes = dict[epath.Path, tuple[Variables, Variables]]
+
+
+def _rehearse(chains: Sequence[Chain]) -> Shapes:
   """Walks all runs on shapes alone: does each stage get what it needs?
 
   Raises:
     UserError: a stage can't start from what stands before it.
   """
-  handed_on: dict[epath.Path, Variables] = {}  # by stage folder
+  shapes: Shapes = {}
   short: dict[str, list[str]] = {}  # stages by what their attack lacks
   for chain in chains:
     fresh = jax.eval_shape(functools.partial(_fresh, chain))
     start = chain.run.init_from
-    variables = handed_on.get(chain.root / start) or (
-      _first_variables(chain) if start else fresh
-    )
+    variables = fresh
+    if chain.parent:
+      _, variables = shapes[chain.root / start]
+    elif start:
+      variables = _first_variables(chain)
     difference = models.mismatch(variables, fresh)
     if difference:
       raise UserError(
@@ -317,8 +354,9 @@ def _rehearse(chains: Sequence[Chain]) -> None:
       )
     upstream = start or 'a fresh network'
     for name, settings, directory in chain.stages:
+      before = variables
       try:
-        variables = _outcome(chain, name, settings, variables)
+        variables = _outcome(chain, name, settings, before)
       except KeyError as e:
         raise UserError(
           f'config.stages: {name} can not start from {upstream}, which has no '
@@ -329,9 +367,10 @@ def _rehearse(chains: Sequence[Chain]) -> None:
       if problem := _reach(settings):
         short.setdefault(problem, []).append(label)
       _warn_of_thin_layers(label, settings, variables)
-      handed_on[directory] = variables
+      shapes[directory] = before, variables
   for problem, labels in short.items():
     warn(f'{", ".join(labels)}: {problem}')
+  return shapes
 
 
 def _reach(settings) -> str:
@@ -371,42 +410,57 @@ def _outcome(chain, name, settings, upstream):
   return jax.eval_shape(stage.finish, trained)
 
 
-def _train(
+def _stage_run(
   chain: Chain,
   name: str,
   settings: Training,
   upstream: Variables,
   directory: epath.Path,
-) -> Variables:
+) -> loop.StageRun:
   has_head = 'head' in _outcome(chain, name, settings, upstream)['params']
   dataset = chain.dataset
-  return loop.run_stage(
-    loop.StageRun(
-      name=name,
-      label=f'{chain.run.name}/{name}',
-      stage=STAGES[name].stage(chain.model, settings),
-      settings=settings,
-      upstream=upstream,
-      train=dataset.train,
-      seed=chain.run.seed,
-      mesh=chain.mesh,
-      directory=directory,
-      measure=functools.partial(_measure, chain) if has_head else None,
-      about={
-        'run': chain.run.name,
-        'stage': name,
-        'dataset': dataset.name,
-        'class_names': list(dataset.class_names),
-        'image_shape': list(dataset.train.images.shape[1:]),
-        'config': chain.run.config,
-        'versions': results.versions(),
-      },
-      save_steps=chain.save_steps,
-      max_skipped=chain.max_skipped,
-      tensorboard=chain.tensorboard,
-      resident=chain.resident,
-    )
+  return loop.StageRun(
+    name=name,
+    label=f'{chain.run.name}/{name}',
+    stage=STAGES[name].stage(chain.model, settings),
+    settings=settings,
+    upstream=upstream,
+    train=dataset.train,
+    seed=chain.run.seed,
+    mesh=chain.mesh,
+    directory=directory,
+    measure=functools.partial(_measure, chain) if has_head else None,
+    about={
+      'run': chain.run.name,
+      'stage': name,
+      'dataset': dataset.name,
+      'class_names': list(dataset.class_names),
+      'image_shape': list(dataset.train.images.shape[1:]),
+      'train_images': len(dataset.train.labels),
+      'config': chain.run.config,
+      'versions': provenance.versions(),
+      'earlier_versions': _earlier_versions(chain.root, directory),
+    },
+    save_steps=chain.save_steps,
+    max_skipped=chain.max_skipped,
+    tensorboard=chain.tensorboard,
+    resident=chain.resident,
   )
+
+
+def _earlier_versions(
+  root: epath.Path, directory: epath.Path
+) -> list[dict[str, Any]]:
+  """Under what else a stage was trained before it was gone on with; for the
+  first process, which alone writes models."""
+  if not processes.is_first():
+    return []
+  path = directory / 'request.json'
+  began = read_json(path, dict).get('began', '') if exists(path) else ''
+  lines = metrics.read_lines(root / VERSIONS)
+  return [
+    before for before, after in itertools.pairwise(lines) if after['at'] > began
+  ]
 
 
 def _measure(chain: Chain, variables: Variables) -> dict[str, float]:
@@ -435,7 +489,7 @@ def _evaluate(chain: Chain, directory: epath.Path) -> None:
   examples = directory / 'examples.json'
 
   def drawn():
-    done = examples.exists() and read_json(examples, dict)
+    done = exists(examples) and read_json(examples, dict)
     return bool(done and about.items() <= done.items())
 
   if not processes.from_first(drawn):
@@ -491,6 +545,7 @@ def _check_requests(
   chains: Sequence[Chain],
   allowed: Collection[str],
   root: epath.Path,
+  shapes: Callable[[], Shapes],
   keep: bool = True,
 ) -> None:
   """Compares with the configs that made the folders, and notes the changes.
@@ -502,28 +557,39 @@ def _check_requests(
     chains: all runs, the main one first.
     allowed: fields, as 'config.seed', that may have changed.
     root: the work directory.
+    shapes: gives those of all stages; called where something has changed.
     keep: whether to write down what changed, and is allowed.
 
   Raises:
-    UserError: a field that was not allowed; all changes are printed before.
+    UserError: a field that was not allowed, or can't be, as what is there
+      has other shapes; all changes are printed before.
   """
   now = json.loads(json.dumps(chains[0].run.config))
   notes = changes.Changes(root)
   config_file = root / CONFIG
-  if config_file.exists():
+  if exists(config_file):
     notes.compare(read_json(config_file, dict), now, 'the run')
+  for line in metrics.read_lines(root / VERSIONS)[-1:]:
+    versions, prefix = provenance.versions(), changes.VERSIONS
+    notes.compare(line.get('versions', {}), versions, 'the run', prefix=prefix)
   for chain in chains:
-    for stage, _, directory in chain.stages:
+    for stage, settings, directory in chain.stages:
       path = directory / 'request.json'
-      if path.exists():
+      if exists(path):
         before = read_json(path, dict)
+        before.pop('began', None)
         request = _request(chain, stage)
         if checkpoint.is_model(directory / 'model'):
           before.pop('eval', None), request.pop('eval', None)
         if 'train_crc32' not in before.get('data', {}):  # of earlier versions
           del request['data']['train_crc32']
+        _same_start(before, request)
         where = f'{chain.run.name}/{stage}'
-        notes.compare(before, request, where, str(directory))
+        if notes.compare(before, request, where, str(directory)):
+          upstream, outcome = shapes()[directory]
+          one = _stage_run(chain, stage, settings, upstream, directory)
+          if why := _misfit(one, outcome):
+            notes.unfit(str(directory), why)
   fields = {'config.' + field.replace('/', '.') for field in flatten(now)}
   fields |= notes.fields()  # some were allowed once, and are fields no more
   for field in allowed:
@@ -531,3 +597,33 @@ def _check_requests(
       hint = nearest(field, fields) or '; wanted one such as config.seed'
       raise UserError(f'--allow_change: no such field: {field}{hint}')
   notes.settle(allowed, keep)
+
+
+def _same_start(before: dict[str, Any], request: dict[str, Any]) -> None:
+  """A model to start from is the same wherever it lies, or is said to lie."""
+  old, new = (str(x.get('init_from', '')) for x in (before, request))
+  path, _, fingerprint = new.rpartition(' ')
+  if path and old.endswith(f' {fingerprint}'):
+    before['init_from'] = new
+
+
+def _misfit(run: loop.StageRun, outcome: Variables) -> str:
+  """Why a stage can't go on with what is in its folder; '' if it can."""
+  model = run.directory / 'model'
+  if checkpoint.is_model(model):
+    return _difference(model, outcome)
+  saves = run.directory / 'checkpoints'
+  for done in checkpoint.steps(saves)[-1:]:
+    n, settings = len(run.train.labels), run.settings
+    total = settings.total_epochs * (n // settings.batch_size)
+    if done > total:
+      return loop.too_far(run.directory, done, total)
+    return _difference(saves / str(done), loop.state_form(run))
+  return ''
+
+
+def _difference(folder: epath.Path, wanted: Any) -> str:
+  found = checkpoint.forms(folder)
+  if found is None:  # damaged: that is told when it is read
+    return ''
+  return checkpoint.difference(found, checkpoint.forms_of(wanted))

@@ -29,12 +29,13 @@ import jax
 import numpy as np
 
 from rocl_jax.cluster import Member
-from rocl_jax.errors import RunFailed, UserError, one_line
+from rocl_jax.errors import RunFailed, UserError, of_disk, one_line
 from rocl_jax.trees import flatten
 
 SILENCE = 20.0  # seconds without a sign of life
 STALL = 300.0  # seconds that one may keep the others waiting
 _BEAT = 2.0
+_AT_ONCE = 1.0  # second after which it is said who is waited for
 _PATIENCE = 3.0  # seconds for the main thread to find out for itself
 _SAVING = 30.0
 _FAILED = 3
@@ -62,21 +63,39 @@ def start(member: Member) -> None:
     member: see `cluster.find`.
 
   Raises:
-    UserError: the address is not free.
+    UserError: the address is not free, or there is no such host.
     RunFailed: not all have come in time; the message says who has not.
   """
   address, count, index = member.address, member.count, member.index
   join = member.join
   if count == 1:
     return
-  host, _, port = address.rpartition(':')
+  port = address.rpartition(':')[2]
+  if member.by_hand:  # elsewhere the name of a pod may come after the pod
+    try:
+      socket.getaddrinfo(member.host, None)
+    except (OSError, UnicodeError) as e:
+      raise UserError(
+        f'--coordinator: found {address}, and there is no host {member.host}: '
+        f'{one_line(e)}'
+      ) from None
+  met = threading.Event()
+  here: list[
+    tuple[int, socket.socket]
+  ] = []  # those that have come to the first
+  waiting = (member, here, met)
+  threading.Thread(
+    target=_say_who_is_awaited, args=waiting, daemon=True
+  ).start()
   try:
-    missing = _meet(host, int(port) + 1, count, index, join)
+    missing = _meet(member.host, int(port) + 1, count, index, join, here)
   except OSError as e:
     raise UserError(
       f'--coordinator: port {int(port) + 1}: {e.strerror}; wanted {port} and '
       'the port after it'
     ) from None
+  finally:
+    met.set()
   if missing:
     raise RunFailed(
       f'process {index} of {count} (by {member.source}): {missing} within '
@@ -103,7 +122,35 @@ def start(member: Member) -> None:
     threading.Thread(target=_watch_first, daemon=True).start()
 
 
-def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
+def _say_who_is_awaited(
+  member: Member, here: list[tuple[int, socket.socket]], met: threading.Event
+) -> None:
+  """Whoever started one process alone, or less than all, learns it at once."""
+  if met.wait(_AT_ONCE):
+    return
+  awaited = f'process 0 at {member.address}'
+  if not member.index:
+    come = {number for number, _ in here}
+    absent = [str(i) for i in range(1, member.count) if i not in come]
+    more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
+    awaited = f'process {", ".join(absent[:5])}{more}'
+  line = (
+    f'process {member.index} of {member.count} (by {member.source}): waiting '
+    f'up to {member.join} s for {awaited}; to train with this process alone: '
+    '--processes=1'
+  )
+  with contextlib.suppress(Exception):  # nobody may listen
+    os.write(sys.stderr.fileno(), f'{line}\n'.encode())
+
+
+def _meet(
+  host: str,
+  port: int,
+  count: int,
+  index: int,
+  join: float,
+  here: list[tuple[int, socket.socket]],
+) -> str:
   """All come to one port first: JAX can not tell who is missing.
 
   Returns:
@@ -124,10 +171,9 @@ def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
         if time.monotonic() > deadline:
           return f'process 0 has not come to {host}:{port}'
         time.sleep(0.2)
-  here: list[tuple[int, socket.socket]] = []
   problem = ''
   with contextlib.ExitStack() as open_lines:
-    server = open_lines.enter_context(socket.create_server(('', port)))
+    server = open_lines.enter_context(_server(host, port))
     while len(here) < count - 1 and not problem:
       server.settimeout(left())
       try:
@@ -154,6 +200,16 @@ def _meet(host: str, port: int, count: int, index: int, join: float) -> str:
       open_lines.pop_all()
       server.close()
   return problem
+
+
+def _server(host: str, port: int) -> socket.socket:
+  """Listens on all addresses, of IPv6 where the host is."""
+  if ':' not in host:
+    return socket.create_server(('', port))
+  both = socket.has_dualstack_ipv6()
+  return socket.create_server(
+    ('', port), family=socket.AF_INET6, dualstack_ipv6=both
+  )
 
 
 _OPEN: list[socket.socket] = []
@@ -189,7 +245,9 @@ def from_first(function: Callable[[], T]) -> T:
       value = function()
     except (UserError, RunFailed) as e:
       problem = e
-    except Exception as e:  # a bug, or a disk: the others must not wait
+    except OSError as e:
+      problem = RunFailed(of_disk(e))
+    except Exception as e:  # a bug: the others must not wait
       traceback.print_exc()
       problem = RunFailed(f'{type(e).__name__}: {e}')
     content = pickle.dumps((value, problem))

@@ -24,11 +24,6 @@ _INSTALL = {
 _FLEETING = ('memory', 'data')
 
 
-def is_remote(place: str) -> bool:
-  """Whether it is a URL, not a path."""
-  return '://' in place
-
-
 class Remote:
   """The folder; what its methods raise is up to the protocol.
 

@@ -6,24 +6,34 @@ percent.
 """
 
 import hashlib
-import pathlib
-import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from rocl_jax import checkpoint, interruption, journal, models, processes
+from rocl_jax import (
+  checkpoint,
+  interruption,
+  journal,
+  models,
+  processes,
+  provenance,
+)
 from rocl_jax.attacks.ensemble import passes_left
 from rocl_jax.attacks.robustness import Outcome
 from rocl_jax.data import Split
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, shown
 from rocl_jax.evaluation import Evaluator
-from rocl_jax.files import check_record, checksum, read_json, write_json
+from rocl_jax.files import (
+  check_record,
+  checksum,
+  exists,
+  read_json,
+  write_json,
+)
 from rocl_jax.progress import Countdown, say
 from rocl_jax.trees import flatten
 from rocl_jax.types import Variables
@@ -78,7 +88,8 @@ def evaluate_model(
   for field, value in identity(variables).items():
     if about[field] != value:
       raise RunFailed(
-        f'{path}: holds other weights than {checkpoint.ABOUT} says ({field})'
+        f'{shown(path)}: holds other weights than {checkpoint.ABOUT} says '
+        f'({field})'
       )
   records = processes.from_first(lambda: read(results))
   asked = []
@@ -218,7 +229,7 @@ def _measured(
     | by_class(outcome, split.labels, about['class_names'])
     | {'sparsity': about['sparsity']}
     | {'parameters': sum(x.size for x in jax.tree.leaves(variables['params']))}
-    | {'versions': versions(), 'config': about['config']}
+    | {'versions': provenance.versions(), 'config': about['config']}
   )
 
 
@@ -358,12 +369,12 @@ def read(path: epath.Path) -> list[Record]:
   Raises:
     UserError: the file holds something else.
   """
-  if not path.exists():
+  if not exists(path):
     return []
   records = read_json(path, list)
   for i, record in enumerate(records):
     if not isinstance(record, dict) or not set(_NAMES) <= record.keys():
-      raise UserError(f'{path}: found {record!r:.40}, wanted a record')
+      raise UserError(f'{shown(path)}: found {record!r:.40}, wanted a record')
     check_record(path, i, record)
   return records
 
@@ -386,39 +397,3 @@ def _merge(records: list[Record], new: list[Record]) -> list[Record]:
     return which(r) not in replaced and r.get('fingerprint') == there
 
   return [r for r in records if stays(r)] + new
-
-
-def versions() -> dict[str, str]:
-  """What a number may depend on beside its config."""
-  packages = ('rocl-jax', 'jax', 'jaxlib', 'flax', 'optax')
-  found = {p: version_of(p) or 'not installed' for p in packages}
-  return found | {'commit': _commit(), 'device': jax.devices()[0].device_kind}
-
-
-def code_fingerprint() -> str:
-  """Tells this package's source from another's, committed or not."""
-  digest = hashlib.sha256()
-  root = pathlib.Path(__file__).parent
-  for path in sorted(root.rglob('*.py')):
-    digest.update(path.relative_to(root).as_posix().encode())
-    digest.update(path.read_bytes())
-  return digest.hexdigest()[:16]
-
-
-def version_of(package: str) -> str:
-  """The version of an installed package, '' where it is not."""
-  try:
-    return metadata.version(package)
-  except metadata.PackageNotFoundError:
-    return ''
-
-
-def _commit():
-  """The commit of the source tree, if it is one; else ''."""
-  here = epath.Path(__file__).resolve().parent.parent
-  command = ['git', '-C', str(here), 'describe', '--always', '--dirty']
-  try:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=5)
-  except (OSError, subprocess.TimeoutExpired):
-    return ''
-  return result.stdout.strip()

@@ -12,9 +12,9 @@ import jax
 from etils import epath
 
 from rocl_jax import checkpoint, models
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
+from rocl_jax.files import is_remote
 from rocl_jax.progress import say
-from rocl_jax.remote import is_remote
 from rocl_jax.settings import parse
 from rocl_jax.types import Variables
 
@@ -58,8 +58,8 @@ class Saved(NamedTuple):
     for field in ('class_names', 'image_shape'):
       if self.about[field] != other.about[field]:
         raise UserError(
-          f'{self.field}: {self.folder} has the {field} {self.about[field]}, '
-          f'{other.folder} has {other.about[field]}'
+          f'{self.field}: {shown(self.folder)} has the {field} '
+          f'{self.about[field]}, {shown(other.folder)} has {other.about[field]}'
         )
 
 
@@ -82,7 +82,9 @@ def load(folder: str, field: str, dtype: str = '') -> Saved:
   except UserError as e:
     raise UserError(f'{field}: {e}') from None
   if 'head' not in variables['params']:
-    raise UserError(f'{field}: {path} is an encoder without a classifier')
+    raise UserError(
+      f'{field}: {shown(path)} is an encoder without a classifier'
+    )
   section = dict(about['config']['model'])
   section['dtype'] = dtype or section['dtype']
   settings = parse(models.Settings, section, 'config.model')
@@ -92,8 +94,8 @@ def load(folder: str, field: str, dtype: str = '') -> Saved:
   difference = models.mismatch(variables, fresh)
   if difference:
     raise UserError(
-      f'{field}: {path} is not the network that its {checkpoint.ABOUT} says: '
-      f'{difference}'
+      f'{field}: {shown(path)} is not the network that its {checkpoint.ABOUT} '
+      f'says: {difference}'
     )
   name = f'{about["run"]}/{about["stage"]}'
   return Saved(field, path, name, which, variables, about)

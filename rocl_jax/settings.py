@@ -14,11 +14,13 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, NewType, TypeVar
 
 from rocl_jax.errors import UserError, nearest
+from rocl_jax.files import place, places
 
 T = TypeVar('T')
+Place = NewType('Place', str)  # a path, made absolute, or a URL
 
 _KINDS = {
   int: 'a whole number',
@@ -133,12 +135,16 @@ def _convert(kind, value, where, siblings):
     if isinstance(value, str) or not isinstance(value, tuple | list):
       raise UserError(f'{where}: found {value!r}, wanted a tuple')
     item = typing.get_args(kind)[0]
+    if item is Place and all(isinstance(v, str) for v in value):
+      return tuple(path for v in value for path in _place(places, v, where))
     if item is str and all(isinstance(v, str) for v in value):
       # a,b in a shell, and a, for one alone
       value = [word for v in value for word in v.split(',') if word]
     return tuple(_convert(item, v, where, siblings) for v in value)
   if kind is float:
     return amount(value, where, siblings)
+  if kind is Place:
+    return _place(place, _convert(str, value, where, siblings), where)
   if kind in _KINDS:
     if type(value) is not kind:
       wanted = _KINDS[kind]
@@ -147,6 +153,13 @@ def _convert(kind, value, where, siblings):
   if hasattr(kind, 'parse'):  # a record with a rule of its own
     return kind.parse(value, where)
   return parse(kind, value, where)
+
+
+def _place(function, text, where):
+  try:
+    return function(text)
+  except UserError as e:
+    raise UserError(f'{where}: {e}') from None
 
 
 def amount(value: Any, where: str, names: Mapping[str, Any] = {}) -> float:

@@ -13,11 +13,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rocl_jax import audit, checkpoint, evaluation, results, saved
+from rocl_jax import audit, checkpoint, evaluation, provenance, results, saved
 from rocl_jax.data import Split
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 from rocl_jax.evaluation import EvaluationAttack
-from rocl_jax.files import read_json, write_json
+from rocl_jax.files import exists, read_json, write_json
 from rocl_jax.saved import Saved
 from rocl_jax.types import Variables
 
@@ -62,7 +62,7 @@ def run(
     UserError: a target without masks where `unmasked` asks for it.
   """
   names = saved.names([*targets, *sources])
-  known = read_json(path, list) if path.exists() else []
+  known = read_json(path, list) if exists(path) else []
   asked: list[Record] = []
   checks: dict[epath.Path, list[audit.Check]] = {}
   for target in targets:
@@ -134,7 +134,7 @@ def _score(target, variables, source, attack, split, mesh, batch_size, seed):
     'stuck': int((np.asarray(outcome.stuck) > 0).sum()),
     'largest_distance': float(np.max(outcome.distance)),
     'largest_outside': float(np.max(outcome.outside)),
-    'versions': results.versions(),
+    'versions': provenance.versions(),
   }
 
 
@@ -166,15 +166,15 @@ def dense_variables(model: Saved) -> Variables:
   """
   field = 'config.transfer.unmasked'
   if 'masks' not in model.variables:
-    raise UserError(f'{field}: {model.folder} has no masks to leave out')
+    raise UserError(f'{field}: {shown(model.folder)} has no masks to leave out')
   folder = model.folder.parent / 'checkpoints'
-  state = checkpoint.read_state(folder) if folder.exists() else None
+  state = checkpoint.read_state(folder) if exists(folder) else None
   trained = (state or {}).get('trained', {})
   weights = trained.get('trainable', {})
   if model.folder.name != 'model' or 'kernel' not in weights.get('head', {}):
     raise UserError(
       f'{field}: wanted the last model of a fine-tuning stage, with its train '
-      f'state in {folder}'
+      f'state in {shown(folder)}'
     )
   return {
     'params': weights,

@@ -126,7 +126,8 @@ class Skips(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """Arrays only: all that a checkpoint must hold for a bit-equal resume.
+  """Arrays only: all that a checkpoint must hold for a resume that is bit-equal
+  on the same versions, devices and settings.
 
   Random numbers are a function of (seed, stage, step), so no key is stored.
 

@@ -11,6 +11,7 @@ that has not done so for two minutes is dead; who comes before waits for that.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -28,13 +29,20 @@ from typing import Any
 from etils import epath
 
 from rocl_jax import interruption, processes
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, UserError, shown
+from rocl_jax.files import reading
 from rocl_jax.interruption import Interrupted
 from rocl_jax.progress import say
 
 RUN = 'run.json'
 _BEAT = 20.0  # seconds between signs of life
 _SILENCE = 120.0  # without one the holder is dead
+
+# What a user can mend by another path or mode; the rest is the disk's.
+_MISTAKES = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+  *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
 
 Signs = Callable[[], tuple[float, float]]
 
@@ -48,6 +56,7 @@ def make(path: str, field: str) -> epath.Path:
 
   Raises:
     UserError: it can't be written.
+    OSError: the disk is full, or away.
   """
   root = epath.Path(path).expanduser().resolve()
   try:
@@ -56,8 +65,10 @@ def make(path: str, field: str) -> epath.Path:
     probe.write_text('')
     probe.unlink(missing_ok=True)
   except OSError as e:
+    if e.errno not in _MISTAKES:
+      raise
     raise UserError(
-      f'{field}: {root} is no folder that can be written: {e.strerror}'
+      f'{field}: {shown(root)} is no folder that can be written: {e.strerror}'
     ) from None
   return root
 
@@ -155,7 +166,7 @@ def await_silence(
   _, last = found
   where = holder.get('host', '?')
   say(
-    f'{place}: held by a run on {where}; waiting up to {_SILENCE:.0f} s '
+    f'{shown(place)}: held by a run on {where}; waiting up to {_SILENCE:.0f} s '
     'for a sign of life of it'
   )
   while _fresh(found := signs()):
@@ -170,6 +181,9 @@ def holder(root: epath.Path, name: str = RUN) -> dict[str, Any]:
 
   Returns:
     An empty dict where nothing ever ran.
+
+  Raises:
+    Unreadable: it can't be known.
   """
   path = pathlib.Path(root) / name
   found = parse(_content(path))
@@ -177,7 +191,8 @@ def holder(root: epath.Path, name: str = RUN) -> dict[str, Any]:
     return {}
   alive = False
   if found.get('status') == 'running':
-    alive = _fresh(_signs(path))
+    with contextlib.suppress(OSError):  # of a folder that can only be read
+      alive = _fresh(_signs(path))
     if found.get('host') == socket.gethostname():
       alive = _locked(path)
   return found | {'alive': alive}
@@ -202,17 +217,18 @@ def held(place: object, field: str, holder: dict[str, Any]) -> UserError:
     f'started {holder.get("started", "?")}'
   )
   return UserError(
-    f'{field}: {place} is in use by {who}; wait for it, stop it, or take '
-    f'another folder (of another machine: {_SILENCE:.0f} s after its last sign '
-    'of life it counts as dead)'
+    f'{field}: {shown(place)} is in use by {who}; wait for it, stop it, or '
+    f'take another folder (of another machine: {_SILENCE:.0f} s after its last '
+    'sign of life it counts as dead)'
   )
 
 
 def _content(path):
-  try:
-    return path.read_bytes()
-  except OSError:
-    return b''
+  with reading(path):
+    try:
+      return path.read_bytes()
+    except FileNotFoundError:
+      return b''
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -238,7 +254,7 @@ def _signs(path):
     now = probe.stat().st_mtime
     probe.unlink()
     return now, path.stat().st_mtime
-  except OSError:
+  except FileNotFoundError:  # who held it has gone
     return math.inf, 0.0
 
 

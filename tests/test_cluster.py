@@ -19,6 +19,8 @@ from rocl_jax.errors import UserError
     (('h:1', 0, 0), '--processes: found 0, wanted how many'),
     (('', 0, 1), '--processes: found 0, wanted how many'),
     (('', -1, 0), '--processes: found -1'),
+    (('::1:8476', 2, 0), r"found '::1:8476', wanted .*\[ADDRESS\]:PORT"),
+    (('[::1]:', 2, 0), 'wanted HOST:PORT'),
   ],
 )
 def test_flags_that_can_not_be(flags, told):
@@ -105,3 +107,8 @@ def test_what_the_surroundings_say(environment, wanted):
 def test_flags_come_first():
   assert found(SLURM | PODS, 'h:1', 2) == 'h:1 2 0 None'
   assert found(SLURM | PODS, '', 1) == '1 0 None'
+
+
+def test_an_address_of_ipv6():
+  member = cluster.find('[::1]:8476', 2, 1)
+  assert (member.address, member.host) == ('[::1]:8476', '::1')

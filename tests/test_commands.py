@@ -378,6 +378,13 @@ MISTAKES = [
   (['--config.init_from=/nowhere'], '/nowhere'),
   (['--confg.seed=3'], 'confg'),
   (['--config=configs/quickstat.py'], "did you mean 'quickstart.py'?"),
+  (['--config=configs/cifar10.py'], 'found 2 times'),
+  (['--config.compare=rocl', '--config.seed=1e3'], "config.seed: found '1e3'"),
+  (['--workdir=~nobody-of-us/w'], "no user 'nobody-of-us'"),
+  (
+    ['--coordinator=no-such-host.invalid:1', '--processes=2', '--process=1'],
+    'there is no host no-such-host.invalid',
+  ),
   (['stray'], 'stray'),
 ]
 
@@ -388,6 +395,62 @@ def test_a_mistake_is_told_in_one_line(call, tmp_path, arguments, wanted):
   result = call('train.py', *base, *arguments, status=2)
   assert wanted in result.stderr
   assert result.stderr.count('\n') == 1 and 'Traceback' not in result.stderr
+  assert not list(tmp_path.rglob('checkpoints'))
+
+
+TRAIN = ['train.py', '--config=configs/quickstart.py', '--workdir=w']
+SURROUNDINGS = [
+  (TRAIN, {'JAX_PLATFORMS': 'nonsense'}, 2, 'JAX_PLATFORMS: found nonsense'),
+  (TRAIN, {'JAX_PLATFORMS': 'cuda'}, 2, 'there is cpu'),
+  (
+    ['-m', 'rocl_jax.report', 'w'],
+    {'JAX_PLATFORMS': 'cuda'},
+    *(2, 'JAX_PLATFORMS: found cuda'),
+  ),
+  (
+    [*TRAIN, '--help'],
+    {'JAX_DEFAULT_MATMUL_PRECISION': 'mighty'},
+    *(2, 'jax_default_matmul_precision'),
+  ),
+  (
+    ['-m', 'rocl_jax.doctor', 'w'],
+    {'JAX_ENABLE_X64': 'maybe'},
+    *(2, 'JAX_ENABLE_X64'),
+  ),
+  (
+    ['-m', 'rocl_jax.report', 'no-such-folder'],
+    {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'},
+    *(2, 'no-such-folder: no such folder'),
+  ),
+  ([*TRAIN, '--help'], {'MPLBACKEND': 'nonsense'}, 0, ''),
+  (
+    [*TRAIN, '--config.compare=rocl', '--config.seed=x'],
+    {'PYTHONWARNINGS': 'error::DeprecationWarning'},
+    *(2, "config.seed: found 'x'"),
+  ),
+]
+
+
+@pytest.mark.parametrize('arguments, variables, status, wanted', SURROUNDINGS)
+def test_surroundings_are_told_of_in_one_line(
+  environment, tmp_path, arguments, variables, status, wanted
+):
+  """What a notebook or another machine has left in the environment."""
+  files = [ROOT / x if x == 'train.py' else x for x in arguments]
+  files = [
+    x.replace('=configs', f'={ROOT}/configs') if isinstance(x, str) else x
+    for x in files
+  ]
+  result = subprocess.run(
+    [sys.executable, *map(str, files)],
+    cwd=tmp_path,
+    env=environment | variables,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == status, result.stderr
+  assert wanted in result.stderr and 'Traceback' not in result.stderr
+  assert result.stderr.count('\n') == (status != 0)
   assert not list(tmp_path.rglob('checkpoints'))
 
 

@@ -1,8 +1,15 @@
 """Configs: what they mean, and what is said of one that is wrong."""
 
+import os
+import pathlib
+import re
+import sys
+import warnings
+
 import pytest
 
 from configs import cifar10, eval, quickstart, surrogate
+from rocl_jax import command, files
 from rocl_jax.errors import UserError
 from rocl_jax.experiment import parse_experiment
 from rocl_jax.settings import amount
@@ -211,3 +218,113 @@ def test_every_suite_names_attacks_that_exist():
     config = digits()
     config.eval = eval.get_config(name).eval
     assert parse_experiment(config).eval.selected
+
+
+QUICKSTART = str(pathlib.Path(quickstart.__file__))
+OVERRIDES = [
+  ('--config.compare=rocl --config.seed=1e3', "config.seed: found '1e3'"),
+  ('--config.compare=rocl', None),
+  ('--config.tensorboard --config.seed 3', None),
+  ('--noconfig.tensorboard --config.seed', "config.seed: found ''"),
+  ('--config.seed 3 --config.model.width x', "config.model.width: found 'x'"),
+  ('--config.model.width=3 --config.sede=3', "config.sede: no .*'seed'"),
+  ('--config.model=3', 'config.model: .* section'),
+  ('--config.eval.attacks.apgd-t.targets=3', None),
+  ('--config.eval.attacks["apgd-t"].targets=3', None),
+  ("--config.eval.attacks['fab-t'].steps=x", 'attacks.fab-t.steps: found'),
+  ('--config.eval.attacks.apgd-t.targets=x', 'attacks.apgd-t.targets: found'),
+  ('--config.eval.attacks.apgdt.targets=3', "apgdt: no such.*'apgd-t'"),
+  ('--config.stages[0]=prune', r'config.stages\[0\]: no field to be set'),
+  ('--config.prune.keep=1/3', "config.prune.keep: found '1/3'"),
+]
+
+
+@pytest.mark.parametrize('warnings_', ['default', 'error'])
+@pytest.mark.parametrize('words, told', OVERRIDES)
+def test_the_override_that_was_refused_is_named(words, told, warnings_):
+  """And none that ml_collections takes, under -W error neither."""
+  argv = ['train.py', f'--config={QUICKSTART}', *words.split()]
+  with warnings.catch_warnings():
+    warnings.simplefilter(warnings_)
+    with command._tolerant():
+      argv = command._normal(argv, QUICKSTART)
+      found = command._explain(argv, QUICKSTART)
+  if told is None:
+    assert found is None
+  else:
+    assert re.search(told, found), found
+
+
+def test_one_config():
+  found = command._config_path(['train.py', '--config', 'a/b.py:x', 'y'])
+  assert found == f'{os.getcwd()}/a/b.py:x'
+  two = ['train.py', f'--config={QUICKSTART}', '--config', QUICKSTART]
+  with pytest.raises(UserError, match='2 times, .* wanted once'):
+    command._config_path(two)
+  two[-1] = QUICKSTART.replace('quickstart', 'quickstat')
+  with pytest.raises(UserError, match="did you mean 'quickstart.py'"):
+    command._config_path(two)
+
+
+def test_paths_are_absolute_and_know_the_home(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', '/home/me')
+  monkeypatch.chdir(tmp_path)
+  for text, wanted in (
+    ('~/run', '/home/me/run'),
+    ('~', '/home/me'),
+    ('a/../b', f'{tmp_path}/b'),
+    ('./~x', f'{tmp_path}/~x'),
+    ('gs://b/~/x', 'gs://b/~/x'),
+    ('', ''),
+  ):
+    assert files.place(text) == wanted
+  with pytest.raises(UserError, match="no user 'nobody-of-us'"):
+    files.place('~nobody-of-us/x')
+  (tmp_path / 'a,lr=0.1' / 'model').mkdir(parents=True)
+  (tmp_path / 'a').mkdir()
+  one, a = f'{tmp_path}/a,lr=0.1/model', f'{tmp_path}/a'
+  assert files.places('a,lr=0.1/model') == [one]
+  assert files.places('a,a,lr=0.1/model,gs://b/c,') == [a, one, 'gs://b/c']
+  assert files.places('~/x,b') == ['/home/me/x', f'{tmp_path}/b']
+  config = digits()
+  config.data.dir, config.init_from = '~/data', 'a,lr=0.1/model'
+  experiment = parse_experiment(config)
+  assert experiment.data.dir == '/home/me/data'
+  (run, *_) = experiment.runs
+  assert run.init_from == run.config['init_from'] == one
+  assert run.config['data']['dir'] == '/home/me/data'
+
+
+def test_a_stage_folder_is_no_path():
+  runs = parse_experiment(quickstart.get_config()).runs
+  assert {run.init_from for run in runs} >= {'', '1_pretrain'}
+
+
+def test_neighbours_are_those_of_the_file(tmp_path, monkeypatch):
+  """Whatever else is called configs, and wherever one is."""
+  loaded = {k: m for k, m in sys.modules.items() if k.startswith('configs')}
+  other, mine = tmp_path / 'other', tmp_path / 'mine' / 'configs'
+  for folder in (other / 'configs', mine):
+    folder.mkdir(parents=True)
+  (other / 'configs' / '__init__.py').write_text('')
+  (mine / 'near.py').write_text('SEED = 7')
+  text = 'from configs import near, quickstart\n'
+  text += 'def get_config():\n  config = quickstart.get_config()\n'
+  (mine / 'own.py').write_text(
+    text + '  config.seed = near.SEED\n  return config'
+  )
+  alone = text.replace('near, ', '') + '  return config'
+  (tmp_path / 'alone.py').write_text(alone)
+  monkeypatch.syspath_prepend(str(other))
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  try:
+    for name in loaded:
+      del sys.modules[name]
+    monkeypatch.chdir(tmp_path)
+    assert command.load_config('mine/configs/own.py').seed == 7
+    for path in ('alone.py', QUICKSTART):
+      assert command.load_config(path).seed == 0
+  finally:
+    for name in [k for k in sys.modules if k.startswith('configs')]:
+      del sys.modules[name]
+    sys.modules.update(loaded)

@@ -3,7 +3,10 @@
 The numbers in brackets are those of the table in `tests/faults/README.md`.
 """
 
+import builtins
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -33,22 +36,26 @@ from rocl_jax import (
   changes,
   checkpoint,
   doctor,
+  journal,
   loop,
   manifest,
+  mesh,
   metrics,
   models,
   optim,
   pipeline,
+  provenance,
   results,
   workdir,
 )
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.checkpoint import States
 from rocl_jax.data import Split, load
-from rocl_jax.errors import RunFailed, UserError
+from rocl_jax.errors import RunFailed, Unreadable, UserError
 from rocl_jax.experiment import parse_experiment
-from rocl_jax.files import write_json
+from rocl_jax.files import read_json, write_json
 from rocl_jax.manifest import Damaged
+from rocl_jax.report import reading as report_reading
 from rocl_jax.trees import flatten
 from rocl_jax.types import TrainingSet
 
@@ -90,7 +97,10 @@ def truncate(folder):
 
 
 def flip_a_bit(folder):
-  path = array_file(folder)
+  return flip_a_bit_of(array_file(folder))
+
+
+def flip_a_bit_of(path):
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
@@ -165,6 +175,104 @@ def test_no_whole_save_is_no_reason_to_start_anew(saved):
     with States(epath.Path(saved)) as states:
       with pytest.raises(RunFailed, match='no save is whole'):
         states.restore(like=STATE)
+
+
+@contextlib.contextmanager
+def out_of_reach(path, number):
+  """As of an NFS server that is away, or of a wrong mode."""
+
+  def fails(real):
+    def function(file, *rest, **more):
+      if isinstance(file, str | os.PathLike) and os.fspath(file) == str(path):
+        raise OSError(number, os.strerror(number), str(path))
+      return real(file, *rest, **more)
+
+    return function
+
+  with pytest.MonkeyPatch.context() as patch:
+    opened = fails(builtins.open)
+    patch.setattr(builtins, 'open', opened)
+    patch.setattr(io, 'open', opened)
+    for name in ('stat', 'listdir', 'scandir') if path.is_dir() else ():
+      patch.setattr(os, name, fails(getattr(os, name)))
+    if path.name == manifest.MANIFEST:
+      patch.setattr(os, 'stat', fails(os.stat))
+    yield
+
+
+def everything(folder):
+  return {p: p.is_file() and p.read_bytes() for p in folder.rglob('*')}
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_save_out_of_reach_is_left_and_no_other_is_taken(number, saved):
+  before = everything(saved)
+  for path in (saved, *(p for p in (saved / '3').rglob('*') if p.is_file())):
+    with out_of_reach(path, number):
+      with pytest.raises(RunFailed, match='can not be read') as told:
+        with States(epath.Path(saved)) as states:
+          states.restore(like=STATE)
+      assert str(path) in str(told.value)
+      assert os.strerror(number) in str(told.value)
+    assert everything(saved) == before
+  with States(epath.Path(saved)) as states:
+    restored, rows = states.restore(like=STATE)
+  assert restored['step'] == 3 and rows == [{'epoch': 3}]
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_model_out_of_reach_is_not_trained_anew(number, tmp_path):
+  like, folder = {'params': {'w': np.arange(300.0)}}, tmp_path / 'model'
+  checkpoint.save_model(epath.Path(folder), like, ABOUT)
+  before = everything(tmp_path)
+  for path in (folder, *(p for p in folder.rglob('*') if p.is_file())):
+    with out_of_reach(path, number):
+      for read in (pipeline._finished, pipeline._selected):
+        with pytest.raises(RunFailed, match='can not be read') as told:
+          read(epath.Path(folder))
+        assert str(path) in str(told.value)
+    assert everything(tmp_path) == before
+  assert_equal_trees(pipeline._finished(epath.Path(folder)), like)
+
+
+def test_what_orbax_or_jax_raises_of_whole_bytes_is_no_damage(
+  saved, monkeypatch
+):
+  def fails(*_):
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  before = everything(saved)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, '_restore', fails)
+    with States(epath.Path(saved)) as states:
+      with pytest.raises(Unreadable, match='3/state: can not be read: Unable'):
+        states.restore(like=STATE)
+  assert everything(saved) == before
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_small_file_out_of_reach_is_not_called_invalid(number, tmp_path):
+  path = epath.Path(tmp_path) / 'results.json'
+  write_json(path, [])
+  lines = path.with_name('changes.jsonl')
+  metrics.write(lines, [{'a': 1}])
+  book = journal.Journal(path, {'attack': 'pgd'})
+  book._path.write_text('x')
+  for file, read in (
+    (path, lambda: read_json(path, list)),
+    (path, lambda: results.read(path)),
+    (lines, lambda: metrics.read_lines(lines)),
+    (book._path, book.read),
+  ):
+    with out_of_reach(tmp_path / file.name, number):
+      with pytest.raises(Unreadable, match=f'{file.name}: can not be read'):
+        read()
+    with out_of_reach(tmp_path / file.name, number):
+      if file is path:
+        with pytest.raises(Unreadable):
+          report_reading.load_results(tmp_path)
+  with pytest.raises(UserError, match='no such file'):
+    read_json(path.with_name('other.json'), list)
 
 
 def test_saves_of_several_threads_do_not_meet(tmp_path):
@@ -687,6 +795,44 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
   (problem,) = found.damage
   assert str(path) in problem
   assert 'DAMAGED' in doctor.text(epath.Path(tmp_path), found)
+  assert 'are set aside' in doctor.text(epath.Path(tmp_path), found)
+  # Where the command alone would stumble, it says what to do first.
+  truncate(stage / 'checkpoints' / '9')
+  flip_a_bit_of(largest_file(stage / 'model'))
+  flip_a_bit_of(largest_file(stage / 'best_validation'))
+  (stage / 'request.json').write_text('{')
+  found = doctor.examine(epath.Path(tmp_path))
+  next_ = doctor.text(epath.Path(tmp_path), found).splitlines()[-1]
+  for name in ('request.json', 'best_validation', 'checkpoints'):
+    assert f'delete {stage / name}' in next_
+  assert 'goes on' not in next_
+
+
+def test_the_doctor_calls_nothing_damaged_that_it_can_not_read(tmp_path):
+  stage = tmp_path / '1_supervised'
+  like = {'params': {'w': np.arange(300.0)}}
+  checkpoint.save_model(epath.Path(stage / 'model'), like, ABOUT)
+  with States(epath.Path(stage / 'checkpoints')) as states:
+    states.save(3, STATE, [])
+  config = {'name': 'ours', 'stages': ['supervised']}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  (tmp_path / 'run.json').write_text(json.dumps({'status': 'finished'}))
+  files = (
+    stage / 'model' / 'model.json',
+    largest_file(stage / 'model'),
+    stage / 'checkpoints' / '3' / manifest.MANIFEST,
+    stage / 'checkpoints',
+    tmp_path / 'config.json',
+    tmp_path / 'run.json',
+  )
+  for path in files:
+    with out_of_reach(path, errno.EIO):
+      found = doctor.examine(epath.Path(tmp_path))
+      text = doctor.text(epath.Path(tmp_path), found)
+      assert found.unreadable and str(path) in ''.join(found.unreadable), path
+      assert not found.damage and 'DAMAGED' not in text
+      assert 'goes on' not in text.splitlines()[-1].partition('next')[2]
+  assert not doctor.examine(epath.Path(tmp_path)).unreadable
   with pytest.raises(UserError, match='neither a work directory'):
     doctor.examine(epath.Path(tmp_path) / '1_supervised' / 'checkpoints')
 
@@ -812,3 +958,127 @@ def test_a_changed_config_is_told_field_by_field(tmp_path, capfd):
   notes().settle(())
   assert not capfd.readouterr().err
   assert len(metrics.read_lines(path)) == 3
+
+
+def test_what_changes_numbers_is_told_of_and_recorded(
+  tmp_path, capfd, monkeypatch
+):
+  """And nothing is refused for it."""
+  experiment = parse_experiment(quickstart.get_config())
+  dataset, root = load('digits', '', 60), epath.Path(tmp_path)
+  for name in list(provenance._variables()):
+    monkeypatch.delenv(name)
+  chains = pipeline._chains(experiment, dataset, root)
+  (directory, *_) = [d for _, _, d in chains[0].stages]
+  open_ = lambda: pipeline._open(chains, (), root, dict)
+  open_()
+  pipeline._write_request(chains[0], 'pretrain', directory)
+  known = root / 'changes.jsonl'
+  assert not known.exists() and 'versions' not in capfd.readouterr().err
+  harmless = ('JAX_COMPILATION_CACHE_DIR', 'JAX_TRACEBACK_FILTERING')
+  for name in (*harmless, 'JAX_LOGGING_LEVEL', 'JAX_PLATFORMS'):
+    monkeypatch.setenv(name, 'x')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=/tmp/x')
+  open_()
+  assert not known.exists() and 'versions' not in capfd.readouterr().err
+  names = ('XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE', 'OMP_NUM_THREADS')
+  time.sleep(1.1)  # times are in seconds
+  for turn in (1, 2):  # there and back: each is a change
+    for name in names:
+      monkeypatch.setenv(name, '1')
+    open_()
+    printed = capfd.readouterr().err
+    for name in names:
+      assert f"versions.{name} was None, is '1'" in printed
+    for name in names:
+      monkeypatch.delenv(name)
+    open_()
+    assert "versions.XLA_FLAGS was '1', is None" in capfd.readouterr().err
+    assert len(metrics.read_lines(known)) == turn * 2 * len(names)
+  earlier = pipeline._earlier_versions(root, directory)
+  assert [line['versions'].get('XLA_FLAGS') for line in earlier] == [
+    *(None, '1', None, '1')
+  ]
+  # A stage that begins now was never under the others.
+  time.sleep(1.1)
+  pipeline._write_request(chains[0], 'pretrain', directory)
+  assert pipeline._earlier_versions(root, directory) == []
+
+
+def small(**changes):
+  config = quickstart.get_config()
+  config.model.update(name='resnet8', width=4)
+  config.update(stages=('pretrain',), compare=())
+  config.pretrain.update(total_epochs=2)
+  config.update_from_flattened_dict(changes)
+  return parse_experiment(config)
+
+
+@pytest.mark.parametrize('where', ['model', 'checkpoints'])
+def test_what_does_not_fit_is_not_offered(where, tmp_path):
+  """Not even where it is allowed; and config.json stays what it was."""
+  dataset, root = load('digits', '', 60), epath.Path(tmp_path)
+  chains = pipeline._chains(small(), dataset, root)
+  shapes = pipeline._rehearse(chains)
+  pipeline._open(chains, (), root, lambda: shapes)
+  ((name, settings, directory),) = chains[0].stages
+  pipeline._write_request(chains[0], name, directory)
+  upstream, outcome = shapes[directory]
+  zeros = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+  if where == 'model':
+    checkpoint.save_model(directory / where, zeros(outcome), ABOUT)
+  else:
+    run = pipeline._stage_run(chains[0], name, settings, upstream, directory)
+    with States(directory / where) as states:
+      states.save(20, zeros(loop.state_form(run)), [])
+  before = (root / 'config.json').read_text()
+  unfit = {'model.width': 8}
+  if where == 'checkpoints':
+    unfit |= {'pretrain.batch_size': 50, 'pretrain.optimizer.momentum': 0.0}
+    unfit |= {'pretrain.total_epochs': 1}
+  for field, value in unfit.items():
+    one = small(**{field: value})
+    others = pipeline._chains(one, dataset, root)
+    known = pipeline._rehearse(others)
+    with pytest.raises(UserError, match='does not fit') as told:
+      pipeline._open(others, (f'config.{field}',), root, lambda s=known: s)
+    assert f'config.{field}: ' in str(told.value)
+    assert 'allow_change' not in str(told.value)
+  assert (root / 'config.json').read_text() == before
+  one = small(seed=1)
+  with pytest.raises(UserError, match='--allow_change=config.seed'):
+    pipeline.check(one, dataset, root)
+  pipeline.check(one, dataset, root, ('config.seed',))
+
+
+def test_64_bit_mode_is_left_aside_where_no_network_counts_so(capfd):
+  before = jax.config.values['jax_enable_x64']
+  jax.config.update('jax_enable_x64', True)
+  try:
+    for dtypes, wanted in ((['float32'], 'float32'), (['float64'], 'float64')):
+      with mesh.counting_in(dtypes):
+        assert jnp.zeros(2, float).dtype == wanted
+    with pytest.raises(UserError, match='found float64 and bfloat16'):
+      with mesh.counting_in(['float64', 'bfloat16']):
+        pass
+  finally:
+    jax.config.update('jax_enable_x64', before)
+  assert 'JAX_ENABLE_X64: left aside' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.ENOENT, errno.EMFILE])
+def test_trouble_of_a_disk_is_no_bug(number):
+  body = f"""
+import os, sys
+from rocl_jax import command
+def main(_):
+  raise OSError({number}, os.strerror({number}), '/some where/file')
+command.run(main, 'usage')
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', body], capture_output=True, text=True
+  )
+  assert done.returncode == 3
+  assert "'/some where/file'" in done.stderr
+  assert os.strerror(number) in done.stderr
+  assert 'Traceback' not in done.stderr

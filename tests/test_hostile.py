@@ -857,7 +857,7 @@ def test_journals_of_objects_and_bombs(tmp_path, capfd):
   for change in bad:
     np.savez_compressed(book._path, allow_pickle=True, **(good | change))
     assert book.read() is None
-    assert 'can not be read' in capfd.readouterr().err
+    assert 'is damaged' in capfd.readouterr().err
   np.savez_compressed(book._path, **good)
   assert book.read() is not None
   assert not canary.exists()

@@ -708,6 +708,17 @@ def test_four_local_processes_match_one(tmp_path):
     np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
 
 
+def test_a_python_without_the_environment_is_named(tmp_path):
+  arguments = ['--config=configs/quickstart.py', f'--workdir={tmp_path}/w']
+  done = subprocess.run(
+    [sys.executable, '-I', '-S', ROOT / 'launch/local', '--', *arguments],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert f'{sys.executable} has no jax' in done.stderr
+
+
 LOCAL = """
 import signal, sys, time
 what, number = sys.argv[1], int(sys.argv[2])

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from rocl_jax import checkpoint
+from rocl_jax import checkpoint, processes
+from rocl_jax.cluster import Member
 from rocl_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -292,3 +294,45 @@ def test_a_process_that_never_comes_is_named(environment, numbers, told):
     said, _ = process.communicate(timeout=60)
     assert f'process {number} of 3 (by flags): {told}' in said
   assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', '::1'])
+def test_processes_meet_by_either_protocol(host, monkeypatch):
+  if ':' in host:
+    try:
+      socket.create_server((host, 0), family=socket.AF_INET6).close()
+    except OSError:
+      pytest.skip('this machine has no IPv6')
+  monkeypatch.setattr(processes, '_OPEN', [])
+  monkeypatch.setattr(processes._Group, 'line', None)
+  found, port = {}, free_port()
+
+  def meet(index):
+    found[index] = processes._meet(host, port, 2, index, 20, [])
+
+  threads = [threading.Thread(target=meet, args=(i,)) for i in (0, 1)]
+  [t.start() for t in threads], [t.join() for t in threads]
+  assert found == {0: '', 1: ''}
+  for line in (*processes._OPEN, processes._Group.line):
+    line.close()
+
+
+@pytest.mark.parametrize(
+  'member, told',
+  [
+    (Member('h:1', 8, 0, source='slurm'), 'process 2, 3, 4, 5, 6 and 1 more'),
+    (Member('h:1', 2, 1), 'process 0 at h:1'),
+  ],
+)
+def test_who_is_awaited_is_said_at_once(member, told, capfd, monkeypatch):
+  """In an interactive shell of SLURM nobody else was started."""
+  monkeypatch.setattr(processes, '_AT_ONCE', 0.01)
+  here = [(1, None)]
+  processes._say_who_is_awaited(member, here, threading.Event())
+  said = capfd.readouterr().err
+  assert f'{told}; ' in said and '--processes=1' in said
+  assert said.count('\n') == 1
+  met = threading.Event()
+  met.set()
+  processes._say_who_is_awaited(member, here, met)
+  assert not capfd.readouterr().err

@@ -26,7 +26,7 @@ from absl import flags
 from etils import epath
 
 from rocl_jax import command
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 from rocl_jax.settings import FieldError, one_of
 
 SECTIONS = (
@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
 
   if section in SIMULATED:
     jax.config.update('jax_platforms', 'cpu')
+  from rocl_jax import mesh
   from rocl_jax.benchmark import output
   from rocl_jax.benchmark.settings import parse_settings
   from rocl_jax.progress import say
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> None:
   settings = parse_settings(flags.FLAGS.config)
   if section in SIMULATED:
     jax.config.update('jax_num_cpu_devices', max(settings.scaling.devices))
+  mesh.check_devices()
   # Compile times are compile times.
   jax.config.update('jax_enable_compilation_cache', False)
   folder = epath.Path(flags.FLAGS.out).expanduser().resolve()
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> None:
   asked = ' '.join(sys.argv[1:])
   path = output.write(folder, section, measured, asked)
   print(path.read_text())
-  print(f'Written: {path}, and the numbers as JSON beside it')
+  print(f'Written: {shown(path)}, and the numbers as JSON beside it')
 
 
 def _measure(section, settings, peers, say):
@@ -114,7 +116,7 @@ def _check_peers(section):
 if __name__ == '__main__':
   command.define_config()
   flags.DEFINE_bool('peers', False, 'Measure others, too.')
-  flags.DEFINE_string('out', 'runs/benchmark', 'Folder of what is written.')
+  command.define_path('out', 'runs/benchmark', 'Folder of what is written.')
   command.run(
     main,
     usage=__doc__ or '',

@@ -22,6 +22,7 @@ from rocl_jax.benchmark.settings import AutoAttack, Settings
 from rocl_jax.data import Split
 from rocl_jax.errors import UserError
 from rocl_jax.evaluation import logits_functions, visible
+from rocl_jax.files import place
 from rocl_jax.mesh import make_mesh
 
 
@@ -182,7 +183,7 @@ def _no_projector(variables):
 
 def _reference(asked: AutoAttack) -> Problem:
   """The small network of the reference vectors, on the images they are of."""
-  folder = asked.images or os.environ.get('ROCL_CIFAR_DIR', '')
+  folder = place(asked.images or os.environ.get('ROCL_CIFAR_DIR', ''))
   if not folder:
     raise UserError(
       'config.autoattack.images: missing; wanted the folder of official '

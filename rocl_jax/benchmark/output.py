@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from matplotlib.figure import Figure
 
-from rocl_jax import figures, results
+from rocl_jax import figures, provenance
 from rocl_jax.files import write_json, write_text
 
 Record = dict[str, Any]
@@ -47,13 +47,13 @@ def describe_machine() -> Record:
   cores = (
     len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 0
   )
-  versions = results.versions()
+  versions = provenance.software()
   versions.pop('device')
   for package in ('torch', 'torchattacks', 'foolbox'):
-    found = results.version_of(package)
+    found = provenance.version_of(package)
     if found:
       versions[package] = found
-  art = results.version_of('adversarial-robustness-toolbox')
+  art = provenance.version_of('adversarial-robustness-toolbox')
   if art:
     versions['ART'] = art
   return {

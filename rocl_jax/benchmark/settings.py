@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from rocl_jax import models
 from rocl_jax.attacks.balls import check_ball
 from rocl_jax.errors import UserError
-from rocl_jax.settings import FieldError, at_least, one_of, parse, within
+from rocl_jax.settings import FieldError, Place, at_least, one_of, parse, within
 from rocl_jax.stages import (
   STAGES,
   finetune,
@@ -71,9 +71,9 @@ class AutoAttack:
   batch_size: images at a time.
   """
 
-  model: str
+  model: Place
   reference: str
-  images: str
+  images: Place
   examples: int
   eps: float
   norm: str

@@ -152,5 +152,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('classes', 0, 'Their classes.')
   flags.DEFINE_bool('largest_batch', True, 'Compile a second batch.')
   flags.DEFINE_float('effort', 0.0, "XLA's effort.")
-  flags.DEFINE_string('output', '', 'Folder of what is written.')
+  command.define_path('output', '', 'Folder of what is written.')
   command.run(main, usage=__doc__ or '', required=('config',))

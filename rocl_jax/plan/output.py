@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from rocl_jax import results
+from rocl_jax import provenance
 from rocl_jax.files import write_json, write_text
 from rocl_jax.plan.chips import Slice
 from rocl_jax.plan.estimate import Prediction, Step, predict
@@ -227,7 +227,7 @@ def notes(planned: list[tuple[Slice, list[Row]]], effort: float) -> list[str]:
 def versions() -> dict[str, str]:
   """What the numbers depend on."""
   names = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
-  found = {name: results.version_of(name) for name in names}
+  found = {name: provenance.version_of(name) for name in names}
   return {name: version for name, version in found.items() if version}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rocl_jax.errors import UserError
-from rocl_jax.files import check_record
+from rocl_jax.files import check_record, reading
 from rocl_jax.report.records import (
   ACCURACIES,
   Key,
@@ -57,10 +57,12 @@ TRANSFER_IDENTITY = (
 
 
 def _read_json(path: Path) -> Any:
+  with reading(path):
+    content = path.read_bytes()
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads(content.decode())
   # ValueError also covers bytes that are not UTF-8.
-  except (OSError, ValueError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: not valid JSON: {error}') from error
 
 
@@ -301,7 +303,8 @@ def _shape(pixels: Any) -> tuple[int, int] | None:
 
 def _read_metrics(path: Path) -> list[Record]:
   """The rows of a metrics file by epoch; a resumed epoch's last row counts."""
-  lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
+  with reading(path):
+    lines = path.read_bytes().decode(errors='replace').split('\n')
   rows = {}
   for number, line in enumerate(lines, 1):
     if not line.strip():

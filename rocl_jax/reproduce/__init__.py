@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from rocl_jax import audit as audits
 from rocl_jax import data, evaluate, pipeline, published, report
 from rocl_jax import workdir as folders
-from rocl_jax.errors import RunFailed, UserError, nearest
+from rocl_jax.errors import RunFailed, UserError, nearest, shown
 from rocl_jax.experiment import Run, parse_experiment
-from rocl_jax.remote import is_remote
+from rocl_jax.files import is_remote
 from rocl_jax.report.reproduction import SURROGATE
 from rocl_jax.reproduce import forecast
 
@@ -173,8 +173,8 @@ def reproduce(
   path = report.attempt(str(root))
   if problems:
     raise RunFailed(
-      f'{path or root}: an audit failed, so those accuracies prove nothing: '
-      f'{problems[0]}'
+      f'{shown(path or root)}: an audit failed, so those accuracies prove '
+      f'nothing: {problems[0]}'
       + (f' and {len(problems) - 1} more' if len(problems) > 1 else '')
     )
   return path

@@ -27,11 +27,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rocl_jax import command, published
-from rocl_jax.errors import UserError
+from rocl_jax.errors import UserError, shown
 
 
 def main(_: list[str]) -> None:
-  from rocl_jax import compiled, interruption, report
+  from rocl_jax import compiled, interruption, mesh, report
   from rocl_jax.reproduce import reproduce
 
   group = flags.FLAGS
@@ -40,6 +40,7 @@ def main(_: list[str]) -> None:
   seeds = _whole('--seeds', group.seeds)
   if not seeds:
     raise UserError('--seeds: found none, wanted numbers such as 0,1,2')
+  mesh.check_devices()
   interruption.install('stopped; the same command goes on where it was')
   compiled.keep_programs()
   path = reproduce(
@@ -54,7 +55,7 @@ def main(_: list[str]) -> None:
   )
   if path:
     print(report.summary(group.workdir))
-    print(f'\nReport, curves and pictures: {path}')
+    print(f'\nReport, curves and pictures: {shown(path)}')
 
 
 def _whole(flag, words):
@@ -69,7 +70,7 @@ def _whole(flag, words):
 if __name__ == '__main__':
   command.define_config()
   tables = [*map(str, published.TABLES), 'baselines']
-  flags.DEFINE_string('workdir', None, 'Folder of everything it writes.')
+  command.define_path('workdir', None, 'Folder of everything it writes.')
   flags.DEFINE_list('tables', tables, 'Which tables.')
   flags.DEFINE_list('seeds', ['0'], 'A work directory for each.')
   flags.DEFINE_integer('autoattack', 1000, 'Images.', lower_bound=0)
