@@ -29,7 +29,7 @@ from rocl_jax.attacks import arguments, ensemble
 from rocl_jax.attacks.classifier import fold, image_keys
 from rocl_jax.attacks.pgd import ascend, start_noise
 from rocl_jax.attacks.robustness import Forwards, as_floats
-from rocl_jax.logits import INVALID, predict
+from rocl_jax.logits import INVALID, floats, predict
 from rocl_jax.settings import FieldError
 
 MOST_IMAGES = 256
@@ -85,20 +85,22 @@ def audit(
   if not eps > 0:
     raise FieldError('eps', eps, 'more than 0: without a ball no attack moves')
   arguments.seed(seed)
-  images = np.asarray(images)
-  arguments.check_images(images)
-  labels = arguments.labels(labels, len(images))
+  images, labels = arguments.labelled(images, labels)
   mesh = arguments.mesh(mesh, jax.local_devices()[:1])
+  arguments.function('forwards', forwards)
   functions = forwards(variables)
   if not isinstance(functions, tuple | list) or len(functions) != 2:
     wanted = 'a pair: what is attacked, what judges'
     raise FieldError('forwards', type(functions).__name__, wanted)
-  for function in functions:
-    arguments.classes(function, images, labels)
-  checks = _network(forwards, variables, images, labels)
-  more, curves = _attacks(
-    forwards, variables, images, labels, eps, norm, mesh, seed
-  )
+  classes = [arguments.classes(f, images, labels) for f in functions]
+  if classes[0] != classes[1]:
+    found = f'{classes[0]} and {classes[1]} logits'
+    raise FieldError('forwards', found, 'networks of the same classes')
+  with arguments.within(mesh):
+    checks = _network(forwards, variables, images, labels)
+    more, curves = _attacks(
+      forwards, variables, images, labels, eps, norm, mesh, seed
+    )
   return checks + more, curves
 
 
@@ -114,7 +116,7 @@ def _network(forwards, variables, images, labels) -> list[Check]:
 
   def passes(variables, images):
     attacked, judge = forwards(variables)
-    return attacked(images), judge(images)
+    return floats(attacked(images)), floats(judge(images))
 
   def gradients(variables, images, labels):
     attacked, _ = forwards(variables)
@@ -122,7 +124,7 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     return jax.grad(climbed)(images)
 
   passes = compiled.jit(passes)
-  look = lambda x: [np.asarray(y, np.float32) for y in passes(variables, x)]
+  look = lambda x: [np.asarray(y) for y in passes(variables, x)]
   attacked, judged = look(images)
   again = look(images)[1]
   order = np.random.default_rng(0).permutation(n)
@@ -134,9 +136,16 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     compiled.jit(gradients)(variables, images, labels), np.float64
   ).reshape(n, -1)
 
-  known = judged[np.isfinite(judged)]
-  low, high = known.min(initial=0), known.max(initial=0)
-  scale = max(-low, high, 1e-12)
+  # Of each class, whose logits may be far below all others; of one that is
+  # always near 0, as of the winners.
+  size = np.where(np.isfinite(judged), np.abs(judged), 0)
+  won = np.take_along_axis(size, judged.argmax(-1)[:, None], 1).max()
+  scale = np.maximum(size.max(0), max(0.01 * won, 1e-12))
+  known = np.where(judged > -1e3, judged, 0)  # the others are ruled out
+  low, high = known.min(), known.max()
+  probable = -1e-6 <= low <= high <= 1 + 1e-3 and (
+    high >= 0.5 or np.abs(known.sum(-1) - 1).max() < 1e-3
+  )
   one, other = (
     np.asarray(predict(jnp.asarray(x), labels)) for x in (attacked, judged)
   )
@@ -147,8 +156,8 @@ def _network(forwards, variables, images, labels) -> list[Check]:
   def apart(a, b):
     same = (a == b) | (np.isnan(a) & np.isnan(b))  # -inf, too
     with np.errstate(invalid='ignore'):
-      difference = np.where(same, 0, np.abs(a - b)).max()
-    return np.inf if np.isnan(difference) else float(difference / scale)
+      difference = np.where(same, 0, np.abs(a - b) / scale).max()
+    return np.inf if np.isnan(difference) else float(difference)
 
   def close(name, difference):
     return Check(
@@ -162,7 +171,7 @@ def _network(forwards, variables, images, labels) -> list[Check]:
     _answers('clean', (one == INVALID) | (other == INVALID)),
     Check(
       'logits, not probabilities',
-      not -1e-4 <= low <= high <= 1 + 1e-3,
+      not probable,
       f'values from {low:.4g} to {high:.4g}',
       'logits: a softmax or sigmoid hides the margin, and its gradients vanish',
     ),
@@ -226,11 +235,13 @@ def _attacks(forwards, variables, images, labels, eps, norm, mesh, seed):
   by_steps = [break_(1.0, steps) for steps in STEPS]
   runs = [break_(1.0, USUAL_STEPS, turn) for turn in range(RESTARTS)]
   by_restarts = [np.logical_and.reduce(runs[: i + 1]) for i in range(RESTARTS)]
-  # No ball: in L2 the box's own diagonal. Small steps would be one.
+  # No ball: in L2 the box's own diagonal. Small steps alone would be one.
   most = 1.0 if norm == 'linf' else math.sqrt(images[0].size)
-  unbounded = predict_(most, max(step_size, most * 2 / 255), 50)
-  # An image without an answer is not broken.
-  left = int((right & ((unbounded == labels) | (unbounded == INVALID))).sum())
+  left = right.copy()
+  for step in (max(step_size, most * 2 / 255), most / 10):
+    unbounded = predict_(most, step, 50)
+    # An image without an answer is not broken.
+    left &= (unbounded == labels) | (unbounded == INVALID)
 
   curve = lambda name, values, flags: [
     {name: value, 'robust_top1': round(100 * float(f.mean()), 4)}
@@ -250,8 +261,8 @@ def _attacks(forwards, variables, images, labels, eps, norm, mesh, seed):
     _alike(runs),
     Check(
       'an unbounded attack breaks every image',
-      left == 0,
-      f'{left} of {len(labels)} images withstand 50 steps without a ball',
+      not left.any(),
+      f'{left.sum()} of {len(labels)} images withstand 50 steps without a ball',
       '0',
     ),
   ], curves

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 INVALID = -1  # in the place of a class
-_RULED_OUT = -1e30  # -inf, or the lowest number of a type in its place
+RULED_OUT = -1e30  # -inf, or the lowest number of a type in its place
 
 
 def floats(logits: jax.Array) -> jax.Array:
@@ -29,9 +29,9 @@ def bounded(logits: jax.Array) -> jax.Array:
     logits: [N, K].
   """
   z = floats(logits)
-  ruled_out = z <= _RULED_OUT
+  ruled_out = z <= RULED_OUT
   low = jnp.where(ruled_out, jnp.inf, z).min(-1, keepdims=True)
-  low = lax.stop_gradient(low)
+  low = lax.stop_gradient(jnp.where(low == jnp.inf, 0, low))
   return jnp.where(ruled_out, low - jnp.abs(low) - 1e3, z)
 
 
@@ -42,9 +42,9 @@ def of_class(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 def invalid(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether a row is no answer: NaN or +inf anywhere, or -inf at the label.
+  """Whether a row is no answer: NaN or +inf anywhere, or the label ruled out.
 
-  The label's -inf includes a row of nothing else. -inf elsewhere is an answer.
+  That includes a row where all classes are. -inf for some others is an answer.
 
   Args:
     logits: [N, K].
@@ -54,7 +54,7 @@ def invalid(logits: jax.Array, labels: jax.Array) -> jax.Array:
     bool [N].
   """
   z = floats(logits)
-  return ~(z < jnp.inf).all(-1) | (of_class(z, labels) == -jnp.inf)
+  return ~(z < jnp.inf).all(-1) | (of_class(z, labels) <= RULED_OUT)
 
 
 def predict(logits: jax.Array, labels: jax.Array) -> jax.Array:

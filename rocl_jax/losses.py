@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rocl_jax.logits import bounded, of_class
+from rocl_jax.logits import RULED_OUT, bounded, floats, of_class
 from rocl_jax.mesh import gathered
 
 _TINY = 1e-12  # as in AutoAttack's ratios
@@ -46,10 +46,7 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Croce and Hein 2020. With two classes there is no third: they get the margin.
   """
-  z = bounded(logits)
-  ranked = jnp.sort(z, axis=-1, descending=True)
-  lead = ranked[:, 0] - ranked[:, 2] if z.shape[-1] > 2 else 1.0
-  return margin(z, labels) / (lead + _TINY)
+  return margin(logits, labels) / _unit_of_logits(logits, 3)
 
 
 def targeted_dlr(
@@ -61,10 +58,23 @@ def targeted_dlr(
   three classes, over the third; of two, 1.
   """
   z = bounded(logits)
-  ranked = jnp.sort(z, axis=-1, descending=True)
-  low = ranked[:, 2:4]
-  lead = ranked[:, 0] - low.mean(-1) if low.shape[-1] else 1.0
-  return (of_class(z, targets) - of_class(z, labels)) / (lead + _TINY)
+  towards = of_class(z, targets) - of_class(z, labels)
+  return towards / _unit_of_logits(logits, 4)
+
+
+def _unit_of_logits(logits: jax.Array, last: int) -> jax.Array:
+  """The first logit's lead over the mean of the third to the `last`, of those
+  that are not ruled out; 1 where there are none; [N].
+
+  No more than 1e4: what is further below the first, such as -1e9, rules a class
+  out, too, and gradients in float16 would be 0 in this unit.
+  """
+  ranked = jnp.sort(floats(logits), axis=-1, descending=True)
+  low = ranked[:, 2:last]
+  there = low > RULED_OUT
+  mean = jnp.where(there, low, 0).sum(-1) / jnp.maximum(there.sum(-1), 1)
+  lead = jnp.where(there.any(-1), ranked[:, 0] - mean, 1)
+  return jnp.minimum(lead + _TINY, 1e4)
 
 
 def trades(

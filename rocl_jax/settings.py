@@ -34,7 +34,8 @@ class FieldError(ValueError):
   """A field holds what it can't; `parse` adds where the field stands."""
 
   def __init__(self, field: str, found: Any, wanted: str):
-    super().__init__(f'{field}: found {found!r}, wanted {wanted}')
+    seen = ' '.join(repr(found).split())  # arrays have several lines
+    super().__init__(f'{field}: found {seen}, wanted {wanted}')
     self.field, self.found, self.wanted = field, found, wanted
 
 

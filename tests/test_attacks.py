@@ -16,7 +16,7 @@ from rocl_jax.attacks import (
 )
 from rocl_jax.attacks.apgd import apgd
 from rocl_jax.attacks.classifier import image_keys, on_objective
-from rocl_jax.attacks.fab import project
+from rocl_jax.attacks.fab import fab, project
 from rocl_jax.attacks.pgd import STARTS, pgd
 from rocl_jax.attacks.square import square
 from rocl_jax.logits import INVALID, predict, ranked_class
@@ -355,7 +355,9 @@ def test_restarts_add_to_what_fewer_find():
   labels = logits(images).argmax(-1)
   few, many = (
     autoattack(
-      logits, images, labels, eps=0, attacks=[('pgd', attack(restarts))]
+      *(logits, images, labels),
+      eps=EDGE['linf'],
+      attacks=[('pgd', attack(restarts))],
     ).robust
     for restarts in (1, 8)
   )
@@ -455,6 +457,46 @@ def test_no_answer_is_neither_robust_nor_broken(attack, norm):
   np.testing.assert_array_equal(fate(x), fate(other))
 
 
+def test_one_draw_without_an_answer_is_enough():
+  """NaN in some draws only, as a division by a random number may give."""
+
+  def unsound(images, key):
+    odd = jax.random.bernoulli(key, 0.2, (len(images), 1))
+    return jnp.where(odd, jnp.nan, logits(images))
+
+  few = [('apgd-ce', apgd(eps=0.01, steps=5, samples=20))]
+  result = autoattack(
+    *(unsound, IMAGES, RIGHT), eps=0.01, version='rand', attacks=few
+  )
+  assert result.invalid.all() and not result.robust.any()
+
+
+def test_numbers_of_any_size_are_attacked_alike():
+  """Logits out of all proportion, and classes far below the others, with
+  gradients in float16."""
+  two = logits(IMAGES)[:, :2]
+  labels = two.argmax(-1)
+  for norm in BALLS:
+    eps = EPS[norm]
+    made = [
+      ('dlr', apgd(eps=eps, norm=norm, loss='dlr', steps=10)),
+      ('fab', fab(eps=eps, norm=norm, targets=1, steps=10)),
+    ]
+    run = lambda f, eps=eps, norm=norm, made=made: autoattack(
+      f, IMAGES, labels, eps=eps, norm=norm, attacks=made
+    )
+    wanted = run(lambda x: logits(x)[:, :2])
+    large = run(lambda x: 1e20 * logits(x)[:, :2])
+    np.testing.assert_array_equal(large.robust, wanted.robust)
+
+    def masked(images):
+      features = jnp.tanh(images.reshape(len(images), -1) @ WEIGHTS)
+      half = (features @ HEAD).astype('float16').astype('float32')
+      return jnp.where(jnp.arange(4) < 2, half, -1e9)
+
+    assert run(masked).after['dlr'] <= wanted.after['dlr'] + 0.2
+
+
 def test_autoattack_counts_what_has_no_answer():
   few = [('apgd-ce', apgd(eps='8/255', steps=10))]
   few += [('apgd-t', apgd(eps=8 / 255, loss='dlr', targets=9, steps=10))]
@@ -471,7 +513,7 @@ def test_autoattack_counts_what_has_no_answer():
   assert (result.prediction[3:] == INVALID).all() and result.stuck[2] > 0
   nothing = autoattack(
     *(lambda x: logits(x) * jnp.nan, IMAGES, jnp.zeros(6, int)),
-    eps=0.1,
+    eps=8 / 255,
     attacks=few,
   )
   assert nothing.invalid.all() and not nothing.robust.any()
@@ -569,6 +611,11 @@ def test_images_and_labels_of_every_kind():
     ((lambda x: logits(x)[:, :1], IMAGES, RIGHT * 0), 'two classes or more'),
     ((lambda x: logits(x).argmax(-1), IMAGES, RIGHT), 'logits_fn: found .int'),
     ((lambda x: np.asarray(x), IMAGES, RIGHT), 'JAX can not trace'),
+    ((lambda x: x[x > 0], IMAGES, RIGHT), 'JAX can not trace'),
+    ((None, IMAGES, RIGHT), 'logits_fn: found None, wanted a function'),
+    ((logits, IMAGES, np.int64(RIGHT) + 2**32), 'labels: found .*from 0'),
+    ((logits, [[1], [1, 2]], RIGHT), 'images: found .rows of different'),
+    ((logits, np.ma.masked_less(IMAGES, 0.5), RIGHT), 'without a mask'),
   ],
 )
 def test_autoattack_names_what_it_was_given(arguments, message):
@@ -581,14 +628,23 @@ def test_autoattack_names_what_it_was_given(arguments, message):
   [
     ({'eps': 8}, 'eps: found 8.0, wanted .*did you mean 8/255'),
     ({'eps': '8/'}, "eps: found '8/', wanted a number, or a quotient"),
-    ({'eps': -0.1}, 'eps: found -0.1, wanted 0 or more'),
+    ({'eps': -0.1}, 'eps: found -0.1, wanted 0 to'),
     ({'norm': 'L2'}, "norm: found 'L2', wanted one of l2, linf.*mean 'l2'"),
     ({'seed': -1}, 'seed: found -1, wanted 0 to'),
     ({'batch_size': 0}, 'batch_size: found 0, wanted 1 to'),
     ({'batch_size': 2.5}, 'batch_size: found 2.5, wanted a whole number'),
     ({'version': 'plus'}, "version: found 'plus'"),
     ({'mesh': 'cpu'}, "mesh: found 'str'"),
-    ({'attacks': ['apgd']}, r"attacks\[0\]: found 'apgd', wanted a pair"),
+    ({'attacks': 5}, 'attacks: found 5, wanted pairs'),
+    (
+      {'attacks': [('a', apgd(eps=0.2))]},
+      r"attacks.0.: found 'linf 0.2', wanted the ball of all, linf 0.1",
+    ),
+    (
+      {'attacks': [('a', apgd(eps=0.1)), ('a', square(eps=0.1))]},
+      r"attacks.1.: found 'a', wanted another name",
+    ),
+    ({'attacks': ['apgd']}, r"attacks\[0\]: found 'apgd', wanted pairs"),
   ],
 )
 def test_autoattack_names_a_keyword_of_the_wrong_kind(keywords, message):
@@ -605,7 +661,15 @@ def test_autoattack_names_a_keyword_of_the_wrong_kind(keywords, message):
     ({'start': 'random'}, "start: found 'random', wanted one of gaussian"),
     ({'norm': 'L2'}, "norm: found 'L2'"),
     ({'images': IMAGES * 255}, 'images: found .*divide by 255'),
-    ({'key': 0}, 'key: found 0, wanted a key, such as jax.random.key'),
+    ({'step_size': 1e39}, 'step_size: found 1e'),
+    ({'objective': None}, 'objective: found None, wanted a function'),
+    (
+      {'objective': lambda x: np.asarray(x).sum((1, 2, 3))},
+      'objective: found .a function that JAX can not trace',
+    ),
+    ({'images': IMAGES[:, :0]}, r'images: found .float32 .6, 0, 8, 3'),
+    ({'key': 0}, "key: found '0', wanted a key, such as jax.random.key"),
+    ({'key': jax.random.PRNGKey(0)[None]}, r'key: found .1., wanted one key'),
     ({'key': KEYS[:3]}, r'key: found \[3\], wanted one key'),
     ({'objective': lambda x: x.sum()}, 'objective: found .* a number for each'),
     ({'objective': lambda x: x}, 'objective: found'),
@@ -631,3 +695,5 @@ def test_devices_may_lie_along_any_axes():
   )
   wide = run(mesh=jax.sharding.Mesh(devices, ('a', 'b')))
   np.testing.assert_array_equal(wide.robust, run().robust)
+  with jax.set_mesh(jax.make_mesh((1,), ('data',))):
+    np.testing.assert_array_equal(wide.robust, run().robust)

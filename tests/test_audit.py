@@ -88,6 +88,11 @@ def nothing(images):
   return sound(images) * jnp.nan
 
 
+def far_below(logits):
+  """One more class, which a number far below the others rules out."""
+  return jnp.pad(logits, ((0, 0), (0, 1)), constant_values=-1e9)
+
+
 def label_ruled_out(images):
   return jnp.where(
     jax.nn.one_hot(LABELS[0], CLASSES) > 0, -jnp.inf, sound(images)
@@ -116,6 +121,31 @@ def test_a_sound_network_passes(norm, eps):
   assert [p['steps'] for p in curves['steps']] == [1, 2, 5, 10, 20, 50]
 
 
+@pytest.mark.parametrize(
+  'network',
+  [
+    lambda x: 1e-5 * sound(x),
+    lambda x: jax.nn.log_softmax(sound(x)),
+    lambda x: 3 + sound(x),
+  ],
+)
+def test_a_sound_networks_numbers_may_lie_anywhere(network):
+  assert not failed(check(network)[0])
+
+
+def test_the_unbounded_attack_crosses_the_whole_range():
+  """What is far from the other class is not robust for that."""
+  bright = lambda x: x.mean((1, 2, 3)) - 0.85
+  network = lambda x: 10 * jnp.stack([bright(x), -bright(x)], 1)
+  images = np.where(np.arange(N)[:, None, None, None] % 2, 0.95, 0.05)
+  images = np.broadcast_to(images, IMAGES.shape).astype(np.float32)
+  labels = np.asarray(network(images).argmax(-1))
+  checks, _ = audit(lambda _: (network,) * 2, None, images, labels, eps=EPS)
+  assert 'an unbounded attack breaks every image' not in [
+    c.check for c in failed(checks)
+  ]
+
+
 def test_classes_that_are_ruled_out_are_no_defect():
   """Two more, which no label has."""
 
@@ -139,6 +169,11 @@ def test_classes_that_are_ruled_out_are_no_defect():
     (not_finite, 'gradients are finite'),
     (black_pixels, 'gradients are finite'),
     (lambda x: jax.nn.sigmoid(sound(x)), 'logits, not probabilities'),
+    (lambda x: far_below(softmax(x)), 'logits, not probabilities'),
+    (
+      lambda x: far_below(training_batchnorm(x)),
+      'an image has the same logits beside other images',
+    ),
     (nan_away, 'the logits of every attacked image are an answer'),
     (nothing, 'the logits of every clean image are an answer'),
     (infinite, 'the logits of every clean image are an answer'),

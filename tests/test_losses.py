@@ -58,7 +58,7 @@ def test_classes_that_are_ruled_out_change_nothing():
       assert bool(jnp.isfinite(gradient).all()), name
       assert gradient[0, 1] == 0, name
       assert gradient[0, 0] != 0 or z[0, 0] > 99, name
-  for loss in (losses.cross_entropy, losses.margin):
+  for loss in (losses.cross_entropy, losses.margin, losses.dlr):
     np.testing.assert_allclose(loss(ruled_out, label), loss(rest, label))
   # All others ruled out: nothing can win.
   lone = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
@@ -77,6 +77,7 @@ def test_what_is_no_answer_is_no_class():
     (0.0, inf, 1.0): INVALID,
     (0.0, -inf, 1.0): INVALID,
     (-inf, -inf, -inf): INVALID,
+    (-3e38, -3e38, -3e38): INVALID,
   }
   logits, labels = jnp.array(list(rows)), jnp.ones(len(rows), int)
   found = predict(logits, labels)

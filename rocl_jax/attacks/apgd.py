@@ -136,6 +136,8 @@ def _ascend(measure, images, labels, keys, *, eps, steps, norm, stop_early):
   n = len(images)
   wide = lambda x: x[:, None, None, None]
   inside = lambda x: jnp.clip(images + ball.project(x - images, eps), 0, 1)
+  # What happens after that, in a batch that goes on, must not count.
+  over = lambda state: state.fooled | state.invalid
 
   def advance(state):
     point, stuck, prediction = measure(state.iterate, fold(keys, state.step))
@@ -168,7 +170,7 @@ def _ascend(measure, images, labels, keys, *, eps, steps, norm, stop_early):
       found=jnp.where(wide(fooled | invalid), state.iterate, state.found),
       fooled=state.fooled | fooled,
       invalid=state.invalid | invalid,
-      stuck=state.stuck + stuck,
+      stuck=state.stuck + jnp.where(over(state), 0, stuck),
       step_size=step_size,
       ups=at_check(0, ups),
       reduced=at_check(reduce, state.reduced),
@@ -196,7 +198,6 @@ def _ascend(measure, images, labels, keys, *, eps, steps, norm, stop_early):
     best_at_check=nothing,
   )
   # Where the network draws random numbers, one lucky draw proves little.
-  over = lambda state: state.fooled | state.invalid
   done = lambda state: stop_early & over(state).all()
   going = lambda state: (state.step <= steps) & ~done(state)
   state = lax.while_loop(going, advance, state)
@@ -220,13 +221,19 @@ def _measure(logits_fn, values, labels, samples):
     if samples == 1:
       return of(images, *gradient_of(images, None))
 
-    def add(i, carry):
-      gradient, aux = gradient_of(images, jax.random.fold_in(keys[0], i))
-      return carry[0] + gradient, aux
+    def sample(i):
+      return of(images, *gradient_of(images, jax.random.fold_in(keys[0], i)))
 
-    first = gradient_of(images, jax.random.fold_in(keys[0], 0))
-    gradient, aux = lax.fori_loop(1, samples, add, first)
-    return of(images, gradient / samples, aux)
+    def add(i, carry):
+      (_, _, total), all_stuck, seen = carry
+      point, stuck, prediction = sample(i)
+      # One draw without an answer is enough.
+      prediction = jnp.where(seen == INVALID, INVALID, prediction)
+      point = point._replace(gradient=total + point.gradient)
+      return point, all_stuck + stuck, prediction
+
+    point, *rest = lax.fori_loop(1, samples, add, sample(0))
+    return point._replace(gradient=point.gradient / samples), *rest
 
   def of(images, gradient, aux):
     value, prediction = aux

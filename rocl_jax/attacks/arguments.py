@@ -4,8 +4,9 @@ Values that JAX traces, inside `jit`, can not be looked at: there the caller
 has checked them. All raise FieldError, a ValueError of one line.
 """
 
+import contextlib
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -20,14 +21,17 @@ from rocl_jax.logits import floats
 from rocl_jax.settings import FieldError
 
 _ROUNDING = 1e-3  # what it may add to a pixel: two units of float16
+LARGEST = 10**6  # of any length
 
 
 def _traced(*values: Any) -> bool:
   return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
-def amount(field: str, found: Any, low: float = 0) -> Any:
-  """A finite number from `low` on, also as text: '8/255'."""
+def amount(
+  field: str, found: Any, low: float = 0, high: float = LARGEST
+) -> Any:
+  """A number in [low, high], also as text: '8/255'."""
   if _traced(found):
     return found
   try:
@@ -37,7 +41,7 @@ def amount(field: str, found: Any, low: float = 0) -> Any:
   except (UserError, TypeError, ValueError):
     wanted = "a number, or a quotient such as '8/255'"
     raise FieldError(field, found, wanted) from None
-  settings.at_least(field, number, low)
+  settings.within(field, number, low, high)
   return number
 
 
@@ -71,11 +75,27 @@ def name(field: str, found: Any, names: Collection[str]) -> None:
   settings.one_of(field, str(found), names)
 
 
+def array(field: str, found: Any) -> Any:
+  """An array of NumPy or JAX, of a type that both have."""
+  if isinstance(found, jax.Array):
+    return found
+  if isinstance(found, np.ma.MaskedArray):
+    raise FieldError(field, 'a masked array', 'one without a mask')
+  try:
+    found = np.asarray(found)
+  except ValueError:
+    raise FieldError(field, 'rows of different lengths', 'an array') from None
+  if found.dtype.kind == 'f':  # other byte orders, and more than 64 bits
+    found = found.astype(np.float64 if found.itemsize > 4 else np.float32)
+  return found
+
+
 def check_images(found: Any) -> None:
-  """Images [N, H, W, C], uint8 or floats in [0, 1] but for rounding."""
+  """An array of images [N, H, W, C], uint8 or floats in [0, 1] but for
+  rounding."""
   kind = found.dtype
   floating = jnp.issubdtype(kind, np.floating)
-  if found.ndim != 4 or not len(found) or not (floating or kind == np.uint8):
+  if found.ndim != 4 or not found.size or not (floating or kind == np.uint8):
     seen = f'{kind} {list(found.shape)}'
     raise FieldError('images', seen, 'floats in [0, 1] [N, H, W, C], or uint8')
   if not floating or _traced(found):
@@ -93,7 +113,7 @@ def check_images(found: Any) -> None:
 
 def images(found: Any) -> jax.Array:
   """Images as floats in [0, 1], of float32 at least; see `check_images`."""
-  found = found if hasattr(found, 'dtype') else np.asarray(found)
+  found = array('images', found)
   check_images(found)
   found = jnp.asarray(found)
   if found.dtype == np.uint8:
@@ -102,26 +122,47 @@ def images(found: Any) -> jax.Array:
   return found if _traced(found) else jnp.clip(found, 0, 1)
 
 
-def labels(found: Any, n: int) -> np.ndarray:
-  """The labels of n images as int32 [n]."""
-  found = np.asarray(found)
-  if found.shape != (n,) or found.dtype.kind not in 'iu':
-    seen = f'{found.dtype} {list(found.shape)}'
-    raise FieldError('labels', seen, f'integers [{n}]')
-  return found.astype(np.int32)
+def labelled(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Images, see `check_images`, and the label of each, as int32 [N]."""
+  images = np.asarray(array('images', images))
+  check_images(images)
+  labels = np.asarray(array('labels', labels))
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+    seen = f'{labels.dtype} {list(labels.shape)}'
+    raise FieldError('labels', seen, f'integers [{len(images)}]')
+  low, high = int(labels.min()), int(labels.max())
+  if low < 0 or high >= 2**31:
+    raise FieldError('labels', f'{low} to {high}', 'classes from 0')
+  return images, labels.astype(np.int32)
 
 
 def keys(found: Any, n: int) -> jax.Array:
   """A PRNG key, or n of them; also of the old style, uint32 [2] or [n, 2]."""
   kind, shape = getattr(found, 'dtype', None), np.shape(found)
-  if kind == np.uint32 and shape in ((2,), (n, 2)):
-    return jax.random.wrap_key_data(jnp.asarray(found))
-  if kind is None or not jnp.issubdtype(kind, jax.dtypes.prng_key):
+  if kind == np.uint32 and shape[-1:] == (2,):
+    found, shape = jax.random.wrap_key_data(jnp.asarray(found)), shape[:-1]
+  elif kind is None or not jnp.issubdtype(kind, jax.dtypes.prng_key):
     wanted = 'a key, such as jax.random.key(0)'
-    raise FieldError('key', found if kind is None else kind, wanted)
+    raise FieldError('key', str(kind or found), wanted)
   if shape not in ((), (n,)):
     raise FieldError('key', list(shape), f'one key, or one for each of {n}')
   return found
+
+
+def function(field: str, found: Any) -> None:
+  """Something to call."""
+  if not callable(found):
+    raise FieldError(field, found, 'a function of images [N, H, W, C]')
+
+
+@contextlib.contextmanager
+def traceable(field: str) -> Iterator[None]:
+  """Within, JAX traces a function of the user's."""
+  try:
+    yield
+  except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as e:
+    seen = f'a function that JAX can not trace ({type(e).__name__})'
+    raise FieldError(field, seen, 'one of jax.numpy alone') from e
 
 
 def values(found: Any, x: jax.Array) -> jax.Array:
@@ -141,14 +182,19 @@ def mesh(found: Mesh | None, devices: list[Any]) -> Mesh:
   return Mesh(found.devices.reshape(-1), ('data',))
 
 
+def within(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+  """Makes the mesh that of the context, where the caller has set another."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return contextlib.nullcontext()
+  return jax.set_mesh(mesh)
+
+
 def classes(logits_fn: Any, images: Any, labels: np.ndarray) -> int:
   """The number of classes of a network, from shapes alone."""
+  function('logits_fn', logits_fn)
   one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-  try:
+  with traceable('logits_fn'):
     found = jax.eval_shape(logits_fn, one)
-  except jax.errors.JAXTypeError as e:
-    seen = f'a function that JAX can not trace ({type(e).__name__})'
-    raise FieldError('logits_fn', seen, 'one of jax.numpy alone') from None
   shape = _shape(found)
   if len(shape) != 2 or shape[0] != 1 or shape[-1] < 2:
     wanted = 'logits [N, K] of images [N, ...], floats of two classes or more'

@@ -11,11 +11,13 @@ Flax, Equinox, Haiku or plain JAX, in evaluation mode.
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from rocl_jax.attacks import arguments, robustness
@@ -24,10 +26,12 @@ from rocl_jax.attacks.classifier import ClassifierAttack
 from rocl_jax.attacks.ensemble import Member
 from rocl_jax.attacks.fab import fab
 from rocl_jax.attacks.square import square
+from rocl_jax.logits import floats
 from rocl_jax.settings import FieldError
 
 VERSIONS = ('standard', 'rand')
 _TARGETS = 9
+SAMPLES = 20  # gradients to average, of a network that draws random numbers
 
 
 def members(
@@ -50,8 +54,8 @@ def members(
   targets = min(_TARGETS, classes - 1)
   if version == 'rand':
     return (
-      ('apgd-ce', apgd(eps=eps, norm=norm, samples=20)),
-      ('apgd-dlr', apgd(eps=eps, norm=norm, loss='dlr', samples=20)),
+      ('apgd-ce', apgd(eps=eps, norm=norm, samples=SAMPLES)),
+      ('apgd-dlr', apgd(eps=eps, norm=norm, loss='dlr', samples=SAMPLES)),
     )
   return (
     ('apgd-ce', apgd(eps=eps, norm=norm)),
@@ -126,17 +130,17 @@ def autoattack(
   eps = arguments.radius('eps', eps, norm)
   arguments.seed(seed)
   arguments.count('batch_size', batch_size, 1)
-  images = np.asarray(images)
-  arguments.check_images(images)
-  labels = arguments.labels(labels, len(images))
+  images, labels = arguments.labelled(images, labels)
   mesh = arguments.mesh(mesh, jax.local_devices())
   judge = logits_fn
   if version == 'rand':
-    judge = lambda x: logits_fn(x, jax.random.key(seed))
+    arguments.function('logits_fn', logits_fn)
+    judge = functools.partial(_one_draw, logits_fn, jax.random.key(seed))
   classes = arguments.classes(judge, images, labels)
   if attacks is None:
     attacks = members(eps, norm, version, classes)
-  attacks = list(map(functools.partial(_aimed, classes), _pairs(attacks)))
+  attacks = _checked(attacks, eps, norm)
+  attacks = list(map(functools.partial(_aimed, classes), attacks))
   forwards = lambda _: (logits_fn, judge)
   measure = robustness.build(attacks, forwards, mesh, batch_size)
   told = 0
@@ -148,7 +152,8 @@ def autoattack(
       told += 1
 
   watch = lambda fates, _: tell(fates.after)
-  outcome, found = measure(None, images, labels, seed, watch=watch, keep=True)
+  with arguments.within(mesh):
+    outcome, found = measure(None, images, labels, seed, watch=watch, keep=True)
   assert found is not None
   tell(outcome.after)
   return AutoAttackResult(
@@ -175,12 +180,34 @@ def _aimed(classes: int, member: Member) -> Member:
   return name, aimed
 
 
-def _pairs(attacks: Any) -> Sequence[Member]:
-  """The attacks, if they are pairs of a name and an attack."""
+def _checked(attacks: Any, eps: float, norm: str) -> list[Member]:
+  """The attacks, if they are pairs of a name and an attack in this ball."""
+  wanted = f"pairs such as ('apgd-ce', apgd(eps={eps:g}))"
+  if not isinstance(attacks, Iterable):
+    raise FieldError('attacks', attacks, wanted)
+  attacks, names = list(attacks), set()
   for i, pair in enumerate(attacks):
-    if not (isinstance(pair, tuple | list) and len(pair) == 2) or not (
-      isinstance(pair[1], ClassifierAttack)
-    ):
-      wanted = "a pair such as ('apgd-ce', apgd(eps=8 / 255))"
-      raise FieldError(f'attacks[{i}]', pair, wanted)
+    field = f'attacks[{i}]'
+    if not isinstance(pair, tuple | list) or list(map(type, pair)) != [
+      str,
+      ClassifierAttack,
+    ]:
+      raise FieldError(field, pair, wanted)
+    name, attack = pair
+    if (attack.norm, attack.eps) != (norm, eps):
+      found = f'{attack.norm} {attack.eps:g}'
+      raise FieldError(field, found, f'the ball of all, {norm} {eps:g}')
+    if name in names:
+      raise FieldError(field, name, 'another name than those before')
+    names.add(name)
   return attacks
+
+
+def _one_draw(logits_fn, key, images):
+  """Logits of a network that draws random numbers, from one draw; NaN where
+  any of several has NaN or +inf."""
+  draw = lambda i: logits_fn(images, jax.random.fold_in(key, i))
+  bad = lambda z: ~(floats(z) < jnp.inf).all(-1, keepdims=True)
+  first = logits_fn(images, key)
+  any_bad = lax.fori_loop(0, SAMPLES, lambda i, b: b | bad(draw(i)), bad(first))
+  return jnp.where(any_bad, jnp.nan, first)

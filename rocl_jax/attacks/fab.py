@@ -45,6 +45,9 @@ def fab(
   eps = arguments.radius('eps', eps, norm)
   arguments.count('steps', steps, 1)
   arguments.count('targets', targets, 1)
+  pull = arguments.amount('pull', pull, high=1)
+  overshoot = arguments.amount('overshoot', overshoot)
+  backward = arguments.amount('backward', backward, high=1)
   ball = BALLS[norm]
   wide = lambda x: x[:, None, None, None]
 
@@ -74,8 +77,13 @@ def fab(
 
       normal, value = jax.grad(lead, has_aux=True)(x)
       normal, stuck = usable(normal)
+      # Squares of large entries would be infinite, and those of small ones 0.
+      largest = jnp.abs(normal).max((1, 2, 3))
+      scale = jnp.where(largest > 0, largest, 1)
+      normal = normal / wide(scale)
       # Where there is no boundary to see, the step leads nowhere.
-      offset = (normal * x).sum((1, 2, 3)) - jnp.nan_to_num(value)
+      value = jnp.nan_to_num(value) / scale
+      offset = (normal * x).sum((1, 2, 3)) - value
       starts = jnp.concatenate([x, images])
       twice = lambda y: jnp.concatenate([y, y])
       onto = project(starts, twice(normal), twice(offset), norm) - starts
@@ -90,7 +98,7 @@ def fab(
         candidate=x,
         best=best,
         distance=jnp.where(closer, distance, state.distance),
-        stuck=state.stuck + stuck,
+        stuck=state.stuck + jnp.where(state.distance > eps, stuck, 0),
       )
 
     far = jnp.full(len(images), jnp.inf, images.dtype)

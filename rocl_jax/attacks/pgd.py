@@ -65,7 +65,8 @@ def pgd(
     norm: 'linf' or 'l2'.
     start: 'none'; 'uniform', from the ball and, as HYDRA's evaluation does,
       not clipped to [0, 1] before the first gradient; 'uniform_clipped', as
-      RoCL does; 'gaussian', 0.001 * N(0, 1), as TRADES does.
+      RoCL does; 'gaussian', 0.001 * N(0, 1), as TRADES does. A network that is
+      not defined outside of [0, 1] may lose its first step to 'uniform'.
 
   Returns:
     Adversarial images [N, H, W, C] in the ball and in [0, 1].
@@ -76,6 +77,7 @@ def pgd(
   """
   eps = arguments.radius('eps', eps, norm)
   step_size = arguments.amount('step_size', step_size)
+  arguments.function('objective', objective)
   arguments.count('steps', steps)
   arguments.name('start', start, STARTS)
   images = arguments.images(images)
@@ -83,15 +85,16 @@ def pgd(
   first = images + start_noise(key, images.shape, eps, norm, start)
   if start == 'uniform_clipped':
     first = jnp.clip(first, 0, 1)
-  found = ascend(
-    objective,
-    images,
-    first.astype(images.dtype),
-    eps=eps,
-    step_size=step_size,
-    steps=steps,
-    norm=norm,
-  )
+  with arguments.traceable('objective'):
+    found = ascend(
+      objective,
+      images,
+      first.astype(images.dtype),
+      eps=eps,
+      step_size=step_size,
+      steps=steps,
+      norm=norm,
+    )
   return found if counted else found.images
 
 

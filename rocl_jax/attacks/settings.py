@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rocl_jax.attacks import ATTACKS
+from rocl_jax.attacks.arguments import LARGEST
 from rocl_jax.attacks.balls import check_ball
 from rocl_jax.attacks.pgd import STARTS, Ascent
 from rocl_jax.errors import UserError
-from rocl_jax.settings import FieldError, at_least, bind, one_of, within
+from rocl_jax.settings import FieldError, bind, one_of, within
 
 _BY_CALLER = ('objective', 'images', 'key', 'counted')
 
@@ -63,5 +64,5 @@ def _check(keywords: Mapping[str, Any]) -> None:
   check_ball(keywords.get('eps', 0), keywords.get('norm', 'linf'))
   if 'start' in keywords:
     one_of('start', keywords['start'], STARTS)
-  at_least('step_size', keywords.get('step_size', 0), 0)
+  within('step_size', keywords.get('step_size', 0), 0, LARGEST)
   within('steps', keywords.get('steps', 0), 0, 10**6)

@@ -14,7 +14,6 @@ from rocl_jax.attacks.balls import BALLS
 from rocl_jax.attacks.classifier import ClassifierAttack, fold
 from rocl_jax.attacks.pgd import Ascent
 from rocl_jax.logits import invalid
-from rocl_jax.settings import within
 
 # The share of the image that a square covers, by queries done: it halves.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -44,7 +43,7 @@ def square(
   eps = arguments.radius('eps', eps, norm)
   arguments.count('queries', queries, 1)
   arguments.count('restarts', restarts, 1)
-  within('share', share, 0, 1)
+  share = arguments.amount('share', share, high=1)
   proposals = _linf if norm == 'linf' else _l2
 
   def run(logits_fn, images, labels, keys, turn):
