@@ -16,7 +16,8 @@ is deleted: whoever fetches at any moment finds a folder whole, or not sealed.
 The file of `workdir.claim` goes first, and again and again: it says who holds
 the place. Who reads there what another has written pushes nothing any more, and
 before each manifest he looks. What is deleted there meanwhile is put there
-again.
+again. What somebody deletes here meanwhile stays there: where the claim's file
+is gone here, so may be all, and the run ends.
 """
 
 import contextlib
@@ -35,10 +36,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from rocl_jax import interruption, processes, workdir
+from rocl_jax import interruption, manifest, processes, workdir
 from rocl_jax.errors import RunFailed, Unreadable, UserError, of_disk, shown
 from rocl_jax.files import cache_folder, exists, is_remote, reading
-from rocl_jax.manifest import MANIFEST, Damaged, verify
+from rocl_jax.manifest import MANIFEST, Damaged
 from rocl_jax.progress import say, warn
 from rocl_jax.remote import Remote, told
 
@@ -150,8 +151,9 @@ class _Mirror:
     self._found = b''  # what the claim there said at first
     self._ours: set[bytes] = set()  # what it may say
     self._held = False  # whether it says that this process holds the place
-    self._lost: str | None = None  # who has taken it
+    self._lost: str | None = None  # why this process can't hold it any more
     self._missed = False  # whether files were deleted there meanwhile
+    self._gone: set[str] = set()  # what the last push found deleted here
     self._claiming = threading.RLock()  # the claim is read or written
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     tail = re.sub(r'[^\w.-]+', '-', url.partition('://')[2], flags=re.ASCII)
@@ -311,20 +313,22 @@ class _Mirror:
         break
       except Exception as e:
         if pause is None or self._lost:
-          before = f'; the run had ended: {failed}' if failed else ''
-          raise RunFailed(
-            f'{self._lost or f"{self._url}: {told(e)}"}; what is not there is '
-            f'kept in {shown(self.folder)}{before}'
-          ) from None
+          why = self._lost or f'{self._url}: {told(e)}'
+          if exists(self.folder / self._claim):
+            why += f'; what is not there is kept in {shown(self.folder)}'
+          if failed:
+            why += f'; the run had ended: {failed}'
+          raise RunFailed(why) from None
         time.sleep(pause)
     if self._held:
       self._unpushed.unlink()
 
   def beat(self) -> None:
     """A sign of life, and a look at who holds the place."""
+    self._check()
     path = self.folder / self._claim
     claimed, claim = _stat(path) != self._before, _content(path)
-    if self._lost or not claimed or not workdir.parse(claim):
+    if not claimed or not workdir.parse(claim):
       return  # not yet, or just being written
     with self._claiming:
       found = self._look()
@@ -346,22 +350,26 @@ class _Mirror:
       self._ours.add(b'')
     elif found not in self._ours and not self._lost:
       who = workdir.parse(found)
-      self._lost = (
+      self._lose(
         f'{self._url}: was taken over by process {who.get("process", "?")} on '
         f'{who.get("host", "?")}'
       )
-      say(f'{self._lost}; stopping')
-      interruption.request()
     return found
+
+  def _lose(self, why):
+    self._lost = why
+    say(f'{why}; stopping')
+    interruption.request()
 
   def push(self) -> None:
     """Makes the storage what the folder is now, for whom the place is held.
 
     Raises:
-      RunFailed: another run holds it.
+      RunFailed: another run holds it, or the folder was deleted.
       Exception: whatever the storage raises; the next push goes on.
     """
-    if not self._held and not self._lost:
+    self._check()
+    if not self._held:
       return
     if self._missed:
       there = self._remote.files()
@@ -380,9 +388,29 @@ class _Mirror:
     for name in seals:
       if not self._seal(name, now[name]):
         return  # what is sealed later may build on it, and waits, too
-    gone = [n for n in self._known if not exists(self.folder / n)]
-    for name in sorted(gone, key=lambda name: not _is_manifest(name)):
+    gone = {
+      name
+      for name in self._known
+      if not exists(self.folder / name) and not self._torn(name)
+    }
+    # At the second look: somebody may be deleting all, and the claim's file
+    # last.
+    old = gone & self._gone
+    for name in sorted(old, key=lambda name: (not _is_manifest(name), name)):
       self._remove(name)
+    self._gone = gone - old
+
+  def _torn(self, name):
+    """Whether a file is missing in a sealed folder: runs delete those whole."""
+    for inside in _sealed(self._known):
+      folder = self.folder / inside
+      if name.startswith(f'{inside}/') and exists(folder):
+        try:
+          files = manifest.read(epath.Path(folder))['files']
+        except Damaged:
+          return True
+        return name.removeprefix(f'{inside}/') in files
+    return False
 
   def _snapshot(self):
     """All files at one moment: two looks that see the same."""
@@ -430,6 +458,12 @@ class _Mirror:
     del self._known[name]
 
   def _check(self):
+    here = self.folder / self._claim
+    if self._held and not self._lost and not exists(here):
+      self._lose(
+        f'{shown(self.folder)}: was deleted while in use; {self._url} is left '
+        'as it is'
+      )
     if self._lost:
       raise RunFailed(self._lost)
 
@@ -480,7 +514,7 @@ def _whole(
     seal = f'{inside}/{MANIFEST}'
     if remote.read(seal) == _content(folder / seal):
       with contextlib.suppress(Damaged):
-        verify(epath.Path(folder / inside))
+        manifest.verify(epath.Path(folder / inside))
         whole |= {n for n in here if n.startswith(f'{inside}/')}
   return whole
 

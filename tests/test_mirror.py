@@ -264,6 +264,7 @@ def test_a_push_may_end_anywhere(url, bucket, machine, kill_at, monkeypatch):
     killed = False
     try:
       one.push()
+      one.push()  # what is deleted here goes there at the second look
     except Killed:
       killed = True
     one.close()
@@ -298,6 +299,7 @@ def test_a_push_may_end_anywhere(url, bucket, machine, kill_at, monkeypatch):
       again = begun(url)
       assert files(again.folder) == wanted
       again.push()
+      again.push()
       again.close()
     assert wanted.items() <= files(bucket).items() and wanted != before
     more = files(bucket).keys() - wanted.keys()  # of what was being deleted
@@ -325,6 +327,7 @@ def test_a_folder_that_is_replaced_meanwhile_is_not_sealed(
   monkeypatch.setattr(Remote, 'put', and_then)
   one.push()
   assert not (bucket / 'best' / manifest.MANIFEST).exists()
+  one.push()
   one.push()
   one.close()
   assert sealed_content(bucket / 'best') == 'second'
@@ -468,6 +471,58 @@ def test_a_copy_that_was_deleted_is_no_truth(
     assert sealed_content(folder / '1_a' / 'model') == 'a'
   assert sealed_content(bucket / '1_a' / 'model') == 'a'
   assert not unpushed.exists()
+
+
+def test_a_copy_deleted_meanwhile_empties_nothing(
+  url, bucket, machine, quick, monkeypatch
+):
+  monkeypatch.setattr(interruption._State, 'number', None)
+  with pytest.raises(RunFailed) as failed, running(url) as folder:
+    seal(folder / '1_a' / 'model', 'a')
+    until((bucket / '1_a' / 'model' / manifest.MANIFEST).exists)
+    shutil.rmtree(folder)
+    until(interruption.requested)
+    interruption.check()
+  assert str(failed.value).startswith(
+    f'{folder}: was deleted while in use; {url} is left as it is; the run had '
+  )
+  assert sealed_content(bucket / '1_a' / 'model') == 'a'
+  monkeypatch.setattr(interruption._State, 'number', None)
+  monkeypatch.setattr(workdir, '_SILENCE', 0.0)
+  with running(url) as folder:
+    assert sealed_content(folder / '1_a' / 'model') == 'a'
+
+
+def test_a_copy_being_deleted_empties_nothing(url, bucket, machine):
+  """The claim's file may be the last that goes."""
+  one = begun(url)
+  seal(one.folder / 'model', 'a')
+  one.push()
+  shutil.rmtree(one.folder / 'model')
+  one.push()
+  (one.folder / workdir.RUN).unlink()
+  with pytest.raises(RunFailed, match='was deleted while in use'):
+    one.push()
+  one.close()
+  assert sealed_content(bucket / 'model') == 'a'
+
+
+@pytest.mark.parametrize('all_of_it', [False, True])
+def test_a_cleaner_of_caches_empties_no_model(url, bucket, machine, all_of_it):
+  one = begun(url)
+  seal(one.folder / 'model', 'a')
+  one.push()
+  for path in (one.folder / 'model').rglob('*'):
+    if path.is_file() and (all_of_it or path.name == '_METADATA'):
+      path.unlink()
+  one.push()
+  one.push()
+  assert sealed_content(bucket / 'model') == 'a'
+  shutil.rmtree(one.folder / 'model')  # as the run itself would
+  one.push()
+  one.push()
+  one.close()
+  assert not (bucket / 'model').exists() or not files(bucket / 'model')
 
 
 @pytest.mark.parametrize(
