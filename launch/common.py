@@ -4,6 +4,7 @@ Nothing but the standard library, so that a laptop without JAX can launch.
 """
 
 import difflib
+import os
 import pathlib
 import shlex
 import subprocess
@@ -173,7 +174,7 @@ def check_training(arguments: Sequence[str]) -> str:
     if not (said.get(name) or bare.get(name)):
       raise Mistake(f"--{name}: missing; it comes after '--', as for train.py")
   file = (said.get('config') or bare['config']).partition(':')[0]
-  if not (ROOT / file).is_file():
+  if not os.path.isfile(ROOT / file):
     folder = (ROOT / file).parent
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(pathlib.Path(file).name, names, n=1)

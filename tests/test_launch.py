@@ -107,7 +107,7 @@ def environment(tmp_path):
 def launch(environment):
   """Calls a launcher; (exit status, output, errors)."""
 
-  def call(name, *arguments, root=ROOT, timeout=400, **more):
+  def call(name, *arguments, root=ROOT, timeout=400, cwd=None, **more):
     done = subprocess.run(
       [sys.executable, str(root / 'launch' / name), *map(str, arguments)],
       env=environment | more,
@@ -115,6 +115,7 @@ def launch(environment):
       stdin=subprocess.DEVNULL,
       text=True,
       timeout=timeout,
+      cwd=cwd,
       preexec_fn=every_core,
     )
     return done.returncode, done.stdout, done.stderr
@@ -274,6 +275,33 @@ def test_mistakes_are_told_in_one_line(launch, calls, name, arguments, told):
   assert status == 2 and out == ''
   assert len(own) == 1 and own[0].startswith(f'{name}: ') and told in own[0]
   assert all('describe' in call for call in calls())
+
+
+@pytest.mark.parametrize('two_words', [False, True])
+def test_a_config_is_named_as_from_the_folder_of_the_user(
+  launch, tmp_path, two_words
+):
+  own = tmp_path / 'home' / 'own config.py'
+  own.write_text('')
+
+  def named(file):
+    words = ['--config', file] if two_words else [f'--config={file}']
+    status, out, errors = launch(
+      'local', '--dry_run', '--', *words, '--workdir=W', cwd=own.parent
+    )
+    assert 'Traceback' not in errors
+    return shlex.split(out.splitlines()[0]) if status == 0 else status, errors
+
+  for file, wanted in (
+    ('own config.py', own),
+    ('~/own config.py:a word', f'{own}:a word'),
+    ('configs/quickstart.py', ROOT / 'configs/quickstart.py'),
+  ):
+    words, _ = named(file)
+    assert f'--config={wanted}' in words
+  for file in ('~no-such-user/x.py', 'x' * 300, 'other.py'):
+    status, errors = named(file)
+    assert status == 2 and f': {file}' in errors and errors.count('\n') == 1
 
 
 def test_cost_is_said_before_anything_is_created(launch, calls):
