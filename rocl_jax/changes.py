@@ -1,5 +1,4 @@
-"""What has changed since a work directory was begun: its config, and what a
-number depends on beside it."""
+"""What has changed in the config since a work directory was begun."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -13,7 +12,6 @@ from rocl_jax.progress import say
 from rocl_jax.trees import flatten
 
 FILE = 'changes.jsonl'  # a line for each change that was gone on with
-VERSIONS = 'versions.'  # fields of `provenance.versions`
 
 
 class Changes:
@@ -37,7 +35,6 @@ class Changes:
     now: dict,
     where: str,
     folder: str | None = None,
-    prefix: str = 'config.',
   ) -> bool:
     """Adds what differs; with a `folder`, it decided what is in there.
 
@@ -46,7 +43,6 @@ class Changes:
       now: the same.
       where: in words, for messages.
       folder: of the stage that was made with `before`.
-      prefix: of the fields, for messages.
 
     Returns:
       Whether anything differs.
@@ -57,7 +53,7 @@ class Changes:
       if old.get(field) != new.get(field):
         self.found.append(
           {
-            'field': prefix + field.replace('/', '.'),
+            'field': 'config.' + field.replace('/', '.'),
             'in': where,
             'from': old.get(field),
             'to': new.get(field),
@@ -84,12 +80,8 @@ class Changes:
     """
     known = metrics.read_lines(self._path)
     same = lambda c: {k: v for k, v in c.items() if k != 'at'}
-    # A config is gone on with once and for all; versions come and go.
-    new = [
-      c
-      for c in self.found
-      if c not in map(same, known) or c['field'].startswith(VERSIONS)
-    ]
+    # What was gone on with once is no question any more.
+    new = [c for c in self.found if c not in map(same, known)]
     for change in new:
       say(
         f'{change["in"]}: {change["field"]} was {change["from"]!r}, is '
@@ -115,11 +107,6 @@ class Changes:
           'that folder and those after it, or go on with what is there: '
           f'--allow_change={",".join(fields)}'
         )
-    if any(change['field'].startswith(VERSIONS) for change in new):
-      say(
-        'the run goes on; from here on it need not be equal to the bit to one '
-        'that was never stopped'
-      )
     at = datetime.now(UTC).isoformat(timespec='seconds')
     if new and keep:
       metrics.write(self._path, [*known, *({'at': at} | c for c in new)])

@@ -7,6 +7,7 @@ written with it, and needs no device. WORKDIR may be a model folder, too. Exit
 status 3: something is damaged, or can not be read just now.
 """
 
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ def examine(path: epath.Path) -> Findings:
   for changes in _lines(found, path / 'changes.jsonl'):
     was = f'{changes.get("field")} {changes.get("from")!r}'
     found.lines.append(('changed', f'{was} -> {changes.get("to")!r}'))
+  for line in _version_lines(found, path / 'versions.jsonl'):
+    found.lines.append(('changed', line))
   stages = list(_stages(path))
   wanted = [
     path / f'{i + 1}_{name}' for i, name in enumerate(config.get('stages', ()))
@@ -204,6 +207,15 @@ def _lines(found: Findings, path: epath.Path) -> list[dict[str, Any]]:
   from rocl_jax import metrics
 
   return _read(found, path, lambda: metrics.read_lines(path), [])
+
+
+def _version_lines(found: Findings, path: epath.Path) -> list[str]:
+  from rocl_jax import provenance
+
+  said = (line.get('versions') for line in _lines(found, path))
+  versions = [x for x in said if isinstance(x, dict)]
+  pairs = itertools.pairwise(versions)
+  return [line for pair in pairs for line in provenance.changed(*pair)]
 
 
 def _results(found: Findings, path: epath.Path) -> list[dict[str, Any]]:

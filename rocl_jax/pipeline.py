@@ -9,7 +9,7 @@
   WORKDIR/<baseline>/<k>_<stage>/       the same for each baseline
   WORKDIR/results.json                  accuracies of all models
   WORKDIR/versions.jsonl                versions, devices and settings over time
-  WORKDIR/changes.jsonl                 what else was gone on with
+  WORKDIR/changes.jsonl                 changes of the config
 
 The same command after an interruption goes on where it stopped: stages with
 a model are skipped, an unfinished one resumes from its last save.
@@ -179,7 +179,16 @@ def _open(
   write_json(root / CONFIG, chains[0].run.config)
   path, now = root / VERSIONS, provenance.versions()
   lines = metrics.read_lines(path)
-  if not lines or lines[-1].get('versions') != now:
+  before = lines[-1].get('versions', {}) if lines else {}
+  new = provenance.changed(before, now)
+  if lines and new:
+    for line in new:
+      say(f'the run: {line}')
+    say(
+      'the run continues; its result may now differ from that of an '
+      'uninterrupted run'
+    )
+  if new:
     metrics.write(path, [*lines, {'at': _now(), 'versions': now}])
 
 
@@ -190,7 +199,7 @@ def _agree(chains: Sequence[Chain]) -> None:
   processes.agree(
     {
       **{f'config of {c.run.name}': c.run.config for c in chains},
-      'versions': provenance.software(),
+      'versions': provenance.deciding(provenance.software()),
       'code': provenance.code_fingerprint(),
       'images': [results.crc32(split) for split in splits],
     }
@@ -269,7 +278,7 @@ def _write_request(chain, name, directory):
 
 
 def _now():
-  return datetime.now(UTC).isoformat(timespec='seconds')
+  return datetime.now(UTC).isoformat(timespec='microseconds')
 
 
 def _finished(path: epath.Path) -> Variables | None:
@@ -569,9 +578,6 @@ def _check_requests(
   config_file = root / CONFIG
   if exists(config_file):
     notes.compare(read_json(config_file, dict), now, 'the run')
-  for line in metrics.read_lines(root / VERSIONS)[-1:]:
-    versions, prefix = provenance.versions(), changes.VERSIONS
-    notes.compare(line.get('versions', {}), versions, 'the run', prefix=prefix)
   for chain in chains:
     for stage, settings, directory in chain.stages:
       path = directory / 'request.json'

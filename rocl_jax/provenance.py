@@ -1,6 +1,7 @@
 """What a number depends on beside its config: versions, devices, settings.
 
-Two runs of one config are equal to the bit where `versions` are.
+Two runs of one config are expected to be equal to the bit where `versions`
+are, but for `commit`: what it says of the code is in `code`.
 """
 
 import functools
@@ -9,6 +10,7 @@ import os
 import pathlib
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 
 import jax
@@ -19,25 +21,18 @@ _PACKAGES = ('rocl-jax', 'jax', 'jaxlib', 'flax', 'optax')
 _LIBRARIES = re.compile(
   r'numpy|libtpu|jax-(cuda|rocm|metal).*|nvidia-(cudnn|cublas).*'
 )
-# How JAX counts and draws, whoever set it.
-_FORMATS = (
-  *('jax_enable_x64', 'jax_default_matmul_precision', 'jax_default_prng_impl'),
-  *('jax_threefry_partitionable', 'jax_numpy_dtype_promotion'),
+# Settings of JAX, whoever made them ...
+_SETTINGS = (
+  *('jax_enable_x64', 'jax_numpy_dtype_promotion', 'jax_allow_f16_reductions'),
+  *('jax_default_matmul_precision', 'jax_default_prng_impl'),
+  *('jax_threefry_partitionable', 'jax_random_seed_offset'),
+  *('jax_disable_jit', 'jax_disable_most_optimizations'),
+  *('jax_optimization_level', 'jax_exec_time_optimization_effort'),
 )
-# Variables that JAX, XLA and what they call read ...
-_READ = re.compile(
-  r'JAX_.*|XLA_.*|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|CU(BLAS|DNN)_.*|MIOPEN_.*'
-  r'|TF_(CUDNN|ENABLE_ONEDNN|DISABLE|NUM|XLA).*|(PJRT_)?NPROC'
-  r'|(OMP|MKL|OPENBLAS|EIGEN)_.*|ONEDNN_.*|DNNL_.*'
-)
-# ... and of those what changes no number, or is told of as a device.
-_HARMLESS = re.compile(
-  r'JAX_(PLATFORM.*|COORDINATOR_.*|NUM_PROCESSES|PROCESS_ID|LOCAL_.*'
-  r'|NUM_CPU_DEVICES|.*VISIBLE_DEVICES|.*CACHE.*|.*LOG.*|.*TRACEBACK.*|DUMP_.*'
-  r'|.*EXPLAIN.*|.*CHECK.*|.*GUARD.*|DISTRIBUTED_.*|FORCE_.*|PPRINT_.*'
-  r'|CROSS_HOST_.*|CAPTURED_.*|TRACER_.*|HLO_SOURCE_.*|INCLUDE_.*|.*TIMEOUT.*'
-  r'|DEBUG_(LEAKED|KEY).*|ENABLE_(PREEMPTION|RECOVERABILITY).*|.*VERBOSE.*)'
-  r'|XLA_PYTHON_CLIENT_.*|.*_(LOG|LOGLEVEL|LOGINFO|LOGDEST|VERBOSE)(_.*)?'
+# ... and variables of what it calls that are known to change numbers.
+_VARIABLES = re.compile(
+  r'XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|(PJRT_)?NPROC|TF_XLA_FLAGS'
+  r'|(OMP|MKL|OPENBLAS|EIGEN|ONEDNN|DNNL|MIOPEN)_.*|.*(CUDNN|CUBLAS|ONEDNN).*'
 )
 _HARMLESS_FLAGS = re.compile(r'--xla_(dump|hlo_profile|\w*cache_dir)')
 
@@ -55,8 +50,23 @@ def versions() -> dict[str, str]:
   found['processes'] = str(jax.process_count())
   if jax.default_backend() == 'cpu':
     found |= {'cpu': compiled.cpu_kind(), 'threads': str(_cores())}
-  found |= {name: str(getattr(jax.config, name, None)) for name in _FORMATS}
+  found |= {name: str(getattr(jax.config, name, None)) for name in _SETTINGS}
   return found | _variables()
+
+
+def deciding(versions: Mapping[str, str]) -> dict[str, str]:
+  """Those that may change a number; a commit may be of the README alone."""
+  return {k: v for k, v in versions.items() if k != 'commit'}
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+  """A line for each of `deciding` that differs; nothing where none does."""
+  old, new = deciding(before), deciding(now)
+  return [
+    f'versions.{name} was {old.get(name)!r}, is {new.get(name)!r}'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
 
 
 def _variables() -> dict[str, str]:
@@ -66,8 +76,7 @@ def _variables() -> dict[str, str]:
     if name == 'XLA_FLAGS':
       words = value.split()
       value = ' '.join(w for w in words if not _HARMLESS_FLAGS.match(w))
-    known = name.lower() in _FORMATS or _HARMLESS.fullmatch(name)
-    if value and _READ.fullmatch(name) and not known:
+    if value and _VARIABLES.fullmatch(name):
       found[name] = value
   return found
 
