@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rocl_jax import processes
+from rocl_jax import processes, provenance
 from rocl_jax.attacks.ensemble import Fates
 from rocl_jax.errors import shown
 from rocl_jax.files import exists, reading
@@ -31,7 +31,11 @@ class Journal:
 
   Args:
     results: the results.json that the evaluation will write to.
-    protocol: all that its outcome depends on, as JSON values.
+    protocol: what its outcome depends on beside versions, as JSON values.
+
+  Attributes:
+    earlier: what `provenance.versions` said before they last changed, in
+      order; known after `read`.
   """
 
   def __init__(self, results: epath.Path, protocol: dict[str, Any]):
@@ -40,18 +44,23 @@ class Journal:
     name = f'evaluation-{protocol["attack"]}-{digest}.npz'
     self._path = results.with_name(name)
     self._written = time.monotonic()
+    self._versions = provenance.versions()
+    self.earlier: list[dict[str, str]] = []
 
   def read(self) -> Fates | None:
     """The last state; None where there is none, or a damaged one.
 
+    Says which versions have changed since.
+
     Raises:
       Unreadable: it can't be read now.
     """
-    return processes.from_first(self._read)
+    fates, self.earlier = processes.from_first(self._read)
+    return fates
 
-  def _read(self) -> Fates | None:
+  def _read(self) -> tuple[Fates | None, list[dict[str, str]]]:
     if not exists(self._path):
-      return None
+      return None, []
     with reading(self._path):
       content = io.BytesIO(self._path.read_bytes())
     try:
@@ -60,12 +69,23 @@ class Journal:
           raise ValueError('a zip bomb')
       with np.load(content, allow_pickle=False) as arrays:
         fates = Fates(**{name: arrays[name] for name in Fates._fields})
+        said = json.loads(str(arrays['versions']))
       _check(fates)
-      return fates
+      *earlier, last = [dict(x.items()) for x in said]
+      new = provenance.changed(last, self._versions)
     # Damaged bytes raise whatever zipfile, zlib and NumPy's parsers raise.
     except Exception:
       say(f'{shown(self._path)}: is damaged; this evaluation starts anew')
-      return None
+      return None, []
+    for line in new:
+      say(f'{shown(self._path)}: {line}')
+    if new:
+      say(
+        'the evaluation continues; its result may now differ from that of an '
+        'uninterrupted one'
+      )
+      earlier.append(last)
+    return fates, earlier
 
   def write(self, fates: Fates, now: bool = False) -> None:
     """Saves the state, unless that was done a moment ago and need not be
@@ -74,7 +94,8 @@ class Journal:
     if not processes.is_first() or (recent and not now):
       return
     content = io.BytesIO()
-    np.savez_compressed(content, **fates._asdict())
+    versions = json.dumps([*self.earlier, self._versions])
+    np.savez_compressed(content, **fates._asdict(), versions=versions)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     new = self._path.with_name(self._path.name + '.new')
     new.write_bytes(content.getvalue())

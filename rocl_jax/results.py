@@ -100,19 +100,21 @@ def evaluate_model(
       protocol['dtype'] = dtype or protocol['dtype']
       found = [r for r in records if _answers(r, protocol)]
       if not found:
+        book = journal.Journal(results, protocol)
         new = _twin(records, protocol)
         if new is None:
-          outcome = _attack(evaluator, variables, split, protocol, results)
+          outcome = _attack(evaluator, variables, split, protocol, book)
           new = protocol | _measured(
             outcome, evaluator, split, variables, about
           )
+          new['earlier_versions'] = book.earlier
         # Which model of this work directory it is of, whatever its weights.
         new['folder'] = str(path.relative_to(results.parent))
         found = [_stamped(new)]
         records = _merge(records, found)
         if processes.is_first():
           write_json(results, records)
-          journal.Journal(results, protocol).remove()
+          book.remove()
       asked += found
   return asked
 
@@ -122,14 +124,13 @@ def _attack(
   variables: Variables,
   split: Split,
   protocol: Record,
-  results: epath.Path,
+  book: journal.Journal,
 ) -> Outcome:
   """Runs an attack, or what an interruption has left of it."""
   members, n = evaluator.attack.members, len(split.labels)
   label = f'{protocol["run"]}/{protocol["stage"]}: {evaluator.attack.name}'
   place = f'{n} {protocol["split"]} images, {protocol["selection"]}'
   say(f'{label} on {place}')
-  book = journal.Journal(results, protocol)
   known = book.read()
   if known is not None:
     say(f'{label}: goes on where it was interrupted')

@@ -18,8 +18,10 @@ from rocl_jax import (
   evaluation,
   journal,
   models,
+  provenance,
   results,
 )
+from rocl_jax.attacks.ensemble import begin
 from rocl_jax.attacks.robustness import Outcome, build
 from rocl_jax.attacks.square import square
 from rocl_jax.data import digits
@@ -170,11 +172,48 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(tmp_path, monkeypatch):
       assert list((tmp_path / 'b').glob('evaluation-autoattack-*.npz'))
   assert tries == 5 and not kills
   assert clockless(found) == clockless(wanted)
+  assert found[0]['earlier_versions'] == []
   assert not list((tmp_path / 'b').glob('evaluation-*'))
   # A damaged state is told of, and costs no more than a new start.
   book = journal.Journal(epath.Path(tmp_path / 'b/results.json'), wanted[0])
   book._path.write_bytes(b'PK\x03\x04 cut short')
   assert book.read() is None
+
+
+def test_other_versions_of_a_resumed_evaluation_are_recorded(
+  tmp_path, monkeypatch, capfd
+):
+  write, here = journal.Journal.write, provenance.versions
+  monkeypatch.setattr(journal, '_SECONDS', 0.0)
+
+  def on(device):
+    monkeypatch.setattr(
+      provenance, 'versions', lambda: here() | {'device': device}
+    )
+
+  def stopped(self, fates, now):
+    write(self, fates, now)
+    raise KeyboardInterrupt
+
+  folder = save(tmp_path / 'model', random_model(0))
+  on('a')
+  with monkeypatch.context() as patch:
+    patch.setattr(journal.Journal, 'write', stopped)
+    with pytest.raises(KeyboardInterrupt):
+      evaluate(config_of('square'), [folder])
+  assert 'versions.device' not in capfd.readouterr().err
+  on('b')
+  (record,) = evaluate(config_of('square'), [folder]).records
+  assert capfd.readouterr().err.count("versions.device was 'a', is 'b'") == 1
+  assert [v['device'] for v in record['earlier_versions']] == ['a']
+  assert record['versions']['device'] == 'b'
+  # Any number of times, and there and back.
+  for device in 'aabba':
+    on(device)
+    book = journal.Journal(epath.Path(tmp_path) / 'x', {'attack': 'square'})
+    book.read()
+    book.write(begin(*np.ones((3, 4))))
+  assert [v['device'] for v in book.earlier] == ['a', 'b']
 
 
 def test_devices_and_batches_do_not_decide_an_images_fate():

@@ -449,7 +449,7 @@ def _journal(name=None):
     assert found is None or isinstance(found, ensemble.Fates)
 
   out = io.BytesIO()
-  np.savez_compressed(out, **fates()._asdict())
+  np.savez_compressed(out, **fates()._asdict(), versions='[{}]')
   content, wrap = out.getvalue(), lambda x: x
   if name:
     with zipfile.ZipFile(io.BytesIO(content)) as file:
@@ -846,12 +846,16 @@ def test_journals_of_objects_and_bombs(tmp_path, capfd):
   book = journal.Journal(where, PROTOCOL)
   canary = tmp_path / 'canary'
   good = {k: np.asarray(v) for k, v in fates()._asdict().items()}
+  good['versions'] = np.array('[{}]')
   trap = np.array([Trap(canary)] * 3, object)
   bad = [
     {'robust': trap},
     {'waiting': np.array([5])},
     {'done': np.array(9)},
     {'tries': np.zeros(2, int)},
+    {'versions': np.array('[]')},
+    {'versions': np.array('[1]')},
+    {'versions': np.array('[1, {}]')},
     {'robust': np.zeros(journal._LARGEST, bool)},
   ]
   for change in bad:
