@@ -199,6 +199,9 @@ def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
     load(folder, 'config.transfer.surrogates')
     for folder in settings.transfer.surrogates
   ]
+  if settings.audit.examples and not settings.eval.eps:
+    wanted = 'more than 0, or --config.audit.examples=0'
+    raise UserError(f'config.eval.eps: found 0, wanted {wanted}')
   splits, about_splits = _images(settings, models[0])
   for one in (*models, *surrogates):
     one.check_images(models[0])
