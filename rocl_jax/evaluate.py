@@ -350,7 +350,7 @@ def _folders(text: str) -> list[str]:
     if len(found) > 1 and not is_remote(folder) and not exists(Path(folder)):
       raise UserError(
         f'--model: found {text}, and there is no folder {shown(folder)}; '
-        'commas separate folders, unless one that is there has them in its name'
+        'commas separate folders, except in the name of an existing one'
       )
   return found
 
