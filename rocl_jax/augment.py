@@ -87,7 +87,7 @@ def random_flip(image: jax.Array, key: jax.Array) -> jax.Array:
 
 def luma(image: jax.Array) -> jax.Array:
   """[H, W, 3] -> grey [H, W, 1]."""
-  return (image * jnp.asarray(GREY)).sum(-1, keepdims=True)
+  return (image * jnp.asarray(GREY, image.dtype)).sum(-1, keepdims=True)
 
 
 def color_jitter(
