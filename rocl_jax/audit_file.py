@@ -52,6 +52,7 @@ def audit_model(
   new |= {'norm': suite.norm, 'eps': suite.eps}
   new |= {'dtype': model.network.settings.dtype}
   new |= {'n': 0, 'steps': 0, 'images_crc32': '', 'checks': [], 'curves': {}}
+  new['version'] = audit.VERSION
   entry = _last(path, new, split)
   count = min(examples, len(split.labels))
   if entry['n'] < count:
@@ -100,10 +101,11 @@ def _identity(entry: Any) -> list[Any] | None:
 
 
 def _whole(entry: Mapping[str, Any]) -> bool:
-  """Whether an entry has all that this version writes."""
+  """Whether an entry has all that this version looks for."""
   checks, n = entry.get('checks'), entry.get('n')
   return (
-    isinstance(entry.get('images_crc32'), str)
+    entry.get('version') == audit.VERSION
+    and isinstance(entry.get('images_crc32'), str)
     and isinstance(entry.get('curves'), dict)
     and isinstance(n, int)
     and n > 0

@@ -87,7 +87,7 @@ def random_flip(image: jax.Array, key: jax.Array) -> jax.Array:
 
 def luma(image: jax.Array) -> jax.Array:
   """[H, W, 3] -> grey [H, W, 1]."""
-  return (image * jnp.asarray(GREY)).sum(-1, keepdims=True)
+  return (image * jnp.asarray(GREY, image.dtype)).sum(-1, keepdims=True)
 
 
 def color_jitter(
@@ -100,8 +100,10 @@ def color_jitter(
   """
   order_key, factor_key, hue_key = jax.random.split(key, 3)
   low, high = 1 - strength, 1 + strength
-  factors = jax.random.uniform(factor_key, (3,), minval=low, maxval=high)
-  turn = jax.random.uniform(hue_key, (), minval=-hue, maxval=hue)
+  factors = jax.random.uniform(
+    factor_key, (3,), jnp.float32, minval=low, maxval=high
+  )
+  turn = jax.random.uniform(hue_key, (), jnp.float32, minval=-hue, maxval=hue)
 
   def blend(image, other, factor):
     return jnp.clip(factor * image + (1 - factor) * other, 0, 1)
@@ -153,10 +155,14 @@ def random_resized_crop(
   area = (
     height
     * width
-    * jax.random.uniform(scale_key, (10,), minval=min_scale, maxval=1.0)
+    * jax.random.uniform(
+      scale_key, (10,), jnp.float32, minval=min_scale, maxval=1.0
+    )
   )
   log_ratio = jax.random.uniform(
-    ratio_key, (10,), minval=jnp.log(3 / 4), maxval=jnp.log(4 / 3)
+    *(ratio_key, (10,), jnp.float32),
+    minval=jnp.float32(jnp.log(3 / 4)),
+    maxval=jnp.float32(jnp.log(4 / 3)),
   )
   ratio = jnp.exp(log_ratio)
   w, h = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
@@ -165,8 +171,12 @@ def random_resized_crop(
   w = jnp.where(fits.any(), w[first], width)
   h = jnp.where(fits.any(), h[first], height)
   # A whole offset in [0, size - extent], as torchvision's randint draws it.
-  top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
-  left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
+  top = jnp.floor(
+    jax.random.uniform(top_key, (), jnp.float32) * (height - h + 1)
+  )
+  left = jnp.floor(
+    jax.random.uniform(left_key, (), jnp.float32) * (width - w + 1)
+  )
   rows = _bilinear_weights(height, top, h)
   columns = _bilinear_weights(width, left, w)
   highest = jax.lax.Precision.HIGHEST
@@ -175,6 +185,7 @@ def random_resized_crop(
 
 def _bilinear_weights(size, start, extent):
   """[size, size]: row o interpolates the crop's line under output line o."""
-  line = (jnp.arange(size) + 0.5) * (extent / size) - 0.5 + start
+  pixel = jnp.arange(size, dtype=jnp.float32)
+  line = (pixel + 0.5) * (extent / size) - 0.5 + start
   line = jnp.clip(line, start, start + extent - 1)
-  return jnp.maximum(0, 1 - jnp.abs(line[:, None] - jnp.arange(size)))
+  return jnp.maximum(0, 1 - jnp.abs(line[:, None] - pixel))

@@ -276,8 +276,15 @@ def forms_of(tree: Any) -> dict[str, str]:
 
 
 def difference(found: dict[str, str], asked: dict[str, str]) -> str:
-  """What two `forms` differ in, the first three; '' if in nothing."""
-  apart = [k for k in {**asked, **found} if found.get(k) != asked.get(k)]
+  """What two `forms` differ in, the first three; '' if in nothing.
+
+  An epoch's sums of metrics do not count: versions measure different things.
+  """
+  apart = [
+    k
+    for k in {**asked, **found}
+    if found.get(k) != asked.get(k) and not k.startswith('sums/')
+  ]
   if not apart:
     return ''
   told = [
@@ -410,9 +417,9 @@ def _fit(arrays, like, folder):
       f'{shown(folder)}: was saved by another network, stage or optimiser: '
       f'{apart}'
     )
-  leaves = [
-    jax.device_put(arrays[path], leaf.sharding) for path, leaf in wanted.items()
-  ]
+  # Only of metrics, which `difference` passes over, there may be new ones.
+  found = lambda p, x: arrays.get(p, np.zeros(x.shape, x.dtype))
+  leaves = [jax.device_put(found(p, x), x.sharding) for p, x in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -111,6 +111,8 @@ def run(
   except BrokenPipeError:  # who read the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except OSError as e:  # of a disk, or a network: full, away, not ours
+    if e.errno is None:
+      _bug(program, e)
     network = isinstance(e, ConnectionError | TimeoutError)
     gone = _gone() if network else None
     _exit(program, gone or of_disk(e), RUN_FAILED)
@@ -123,22 +125,7 @@ def run(
         f'--config.model.dtype=bfloat16, needs less: {reason:.200}',
         RUN_FAILED,
       )
-    if problem := _no_devices():
-      _exit(program, problem, USER_ERROR)
     _bug(program, e)
-
-
-def _no_devices() -> str | None:
-  """Why JAX has no device, where that is why something failed."""
-  from rocl_jax import mesh, processes
-
-  if processes.count() > 1:  # they have met, so there were devices
-    return None
-  try:
-    mesh.check_devices()
-  except (UserError, RunFailed) as e:
-    return str(e)
-  return None
 
 
 def _bug(program: str, error: Exception) -> NoReturn:
@@ -190,12 +177,13 @@ def _parse(argv):
     try:
       arguments = flags.FLAGS(argv)[1:]
       if path is not None:
-        getattr(flags.FLAGS.config, 'lock', None)  # of a file that failed
+        # config_flags keeps the error of a file that fails until it is used.
+        getattr(flags.FLAGS.config, 'lock', None)
       return arguments
     except Exception as e:  # what config_flags raises depends on the mistake
       problem = _explain(argv, path)
       if path is None and any(x.startswith('--config.') for x in argv):
-        problem = '--config: missing, and --config.FIELD=VALUE changes it'
+        problem = '--config: missing; --config.FIELD=VALUE overrides its fields'
       if problem is None:
         problem = one_line(e).removeprefix('FATAL Flags parsing error: ')
         if not isinstance(e, flags.Error):

@@ -199,6 +199,9 @@ def _evaluate_folders(settings: Settings, folders: list[str]) -> Evaluation:
     load(folder, 'config.transfer.surrogates')
     for folder in settings.transfer.surrogates
   ]
+  if settings.audit.examples and not settings.eval.eps:
+    wanted = 'more than 0, or --config.audit.examples=0'
+    raise UserError(f'config.eval.eps: found 0, wanted {wanted}')
   splits, about_splits = _images(settings, models[0])
   for one in (*models, *surrogates):
     one.check_images(models[0])
@@ -347,7 +350,7 @@ def _folders(text: str) -> list[str]:
     if len(found) > 1 and not is_remote(folder) and not exists(Path(folder)):
       raise UserError(
         f'--model: found {text}, and there is no folder {shown(folder)}; '
-        'commas separate folders, unless one that is there has them in its name'
+        'commas separate folders, except in the name of an existing one'
       )
   return found
 

@@ -65,20 +65,21 @@ class EvaluationAttack:
   def of_classes(self, count: int) -> 'EvaluationAttack':
     """With no more targets than a network of so many classes has, and a
     warning where that is fewer than were asked for."""
-    said = lambda protocol: (
-      protocol
-      | (
-        {'targets': min(protocol['targets'], count - 1)}
-        if protocol.get('targets')
-        else {}
-      )
-    )
-    protocol = said(self.protocol)
+
+    def fewer(protocol):
+      targets = protocol.get('targets')
+      aims = {'targets': min(targets, count - 1)} if targets else {}
+      return protocol | aims
+
+    protocol = fewer(self.protocol)
     if 'members' in protocol:
-      protocol['members'] = [said(member) for member in protocol['members']]
+      protocol['members'] = [fewer(member) for member in protocol['members']]
     if protocol == self.protocol:
       return self
-    warn(f'{self.name}: {count} classes, so {count - 1} targets and no more')
+    warn(
+      f'{self.name}: the network has {count} classes: {count - 1} targets are '
+      'attacked'
+    )
     members = tuple((name, a.of_classes(count)) for name, a in self.members)
     return dataclasses.replace(self, members=members, protocol=protocol)
 

@@ -1,4 +1,4 @@
-"""What logits say of an image: its class, or that they are no answer.
+"""What logits say of an image: its class, or that they are invalid.
 
 `argmax` takes NaN for the class that it stands at, so a network that answers
 NaN would look fooled, or robust. Everything that judges a network asks
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 INVALID = -1  # in the place of a class
-RULED_OUT = -1e30  # -inf, or the lowest number of a type in its place
+RULED_OUT = -1e30  # and below: -inf, or float32's lowest number in its place
 
 
 def floats(logits: jax.Array) -> jax.Array:
@@ -42,9 +42,10 @@ def of_class(logits: jax.Array, classes: jax.Array) -> jax.Array:
 
 
 def invalid(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Whether a row is no answer: NaN or +inf anywhere, or the label ruled out.
+  """Whether a row has NaN or +inf anywhere, or rules the label out.
 
-  That includes a row where all classes are. -inf for some others is an answer.
+  A row that rules all classes out is invalid, too; one that rules out some
+  other classes is not.
 
   Args:
     logits: [N, K].
@@ -58,7 +59,7 @@ def invalid(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def predict(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """The class of each row, INVALID where the row is no answer; int32 [N].
+  """The class of each row, INVALID where the row is invalid; int32 [N].
 
   So an image counts as right where this is its label, and as wrong where it is
   another class; where it is INVALID, as neither.
@@ -70,7 +71,7 @@ def predict(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   """Whether fewer than k classes stand before the label; ties stand behind.
 
-  False where the row is no answer.
+  False where the row is invalid.
   """
   z = floats(logits)
   before = (z > of_class(z, labels)[:, None]).sum(-1)

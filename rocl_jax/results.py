@@ -246,7 +246,7 @@ def by_class(
     `confusion`, counts by label and class of the adversarial image; of more
     than 20 classes instead `confused`, [label, class, count] of the most
     frequent ones where these differ, as many as there are classes. Images
-    without an answer are in none of these counts.
+    with invalid logits are in none of these counts.
   """
   count = len(class_names)
   n = np.bincount(labels, minlength=count)

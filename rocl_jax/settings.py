@@ -30,13 +30,16 @@ _KINDS = {
 }
 
 
-class FieldError(ValueError):
+class FieldError(UserError, ValueError):
   """A field holds what it can't; `parse` adds where the field stands."""
 
   def __init__(self, field: str, found: Any, wanted: str):
     seen = ' '.join(repr(found).split())  # arrays have several lines
     super().__init__(f'{field}: found {seen}, wanted {wanted}')
     self.field, self.found, self.wanted = field, found, wanted
+
+  def __reduce__(self):
+    return FieldError, (self.field, self.found, self.wanted)
 
 
 def one_of(field: str, found: str, names: Collection[str]) -> None:

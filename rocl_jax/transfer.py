@@ -145,7 +145,7 @@ def _check(rows: Sequence[Record]) -> list[audit.Check]:
   checks = []
   for row in rows:
     label = f'{row["attack"]} from {row["source_name"]}'
-    checks += audit.answers(label, row) + audit.inside(label, row)
+    checks += audit.valid(label, row) + audit.inside(label, row)
     if row is not own:
       checks.append(
         audit.white_box(

@@ -174,19 +174,19 @@ def test_classes_that_are_ruled_out_are_no_defect():
       lambda x: far_below(training_batchnorm(x)),
       'an image has the same logits beside other images',
     ),
-    (nan_away, 'the logits of every attacked image are an answer'),
-    (nothing, 'the logits of every clean image are an answer'),
-    (infinite, 'the logits of every clean image are an answer'),
-    (label_ruled_out, 'the logits of every clean image are an answer'),
+    (nan_away, 'no attacked image has invalid logits'),
+    (nothing, 'no clean image has invalid logits'),
+    (infinite, 'no clean image has invalid logits'),
+    (label_ruled_out, 'no clean image has invalid logits'),
   ],
 )
 def test_a_planted_defect_is_caught(defect, name):
   checks, _ = check(defect)
   (found,) = [c.found for c in failed(checks) if c.check == name]
   assert all(c.found and c.wanted for c in checks)
-  if 'answer' in name:
+  if 'invalid' in name:
     wanted = (LABELS == LABELS[0]).sum() if defect is label_ruled_out else N
-    assert f'{wanted} of {N} images have none' in found
+    assert f'{wanted} of {N} images have NaN' in found
 
 
 def test_gradients_of_another_network_are_caught():
@@ -277,12 +277,12 @@ def record(**changes):
       {'per_class': {'robust_predicted': [750, 249]}},
       'each image is counted once',
     ),
-    ({'clean_invalid': 1}, 'the logits of every clean image are an answer'),
+    ({'clean_invalid': 1}, 'no clean image has invalid logits'),
     (
       {'invalid': 1, 'per_class': {'robust_predicted': [749, 250]}},
-      'the logits of every attacked image are an answer',
+      'no attacked image has invalid logits',
     ),
-    ({'stuck': 1}, 'every gradient of the attack is finite'),
+    ({'stuck': 1}, 'no image has gradients that are not finite'),
     ({'counted': 999}, 'each image is counted once'),
     (
       {'disputed': 3},

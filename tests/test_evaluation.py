@@ -271,9 +271,9 @@ def test_a_model_without_answers_fails_the_audit(tmp_path):
     c.check: c.found for c in found.checks['ours/finetune'] if not c.passed
   }
   for which in ('clean', 'attacked'):
-    name = f'the logits of every {which} image are an answer'
-    assert bad[name].startswith('20 of 20 images have none')
-    assert bad[f'pgd10 on test: {name}'] == '60 of 60 not'
+    name = f'no {which} image has invalid logits'
+    assert bad[name].startswith('20 of 20 images have NaN')
+    assert bad[f'pgd10 on test: {name}'] == '60 of 60 images'
 
 
 def three_classes(folder):

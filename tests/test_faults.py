@@ -267,10 +267,9 @@ def test_a_small_file_out_of_reach_is_not_called_invalid(number, tmp_path):
     with out_of_reach(tmp_path / file.name, number):
       with pytest.raises(Unreadable, match=f'{file.name}: can not be read'):
         read()
-    with out_of_reach(tmp_path / file.name, number):
-      if file is path:
-        with pytest.raises(Unreadable):
-          report_reading.load_results(tmp_path)
+  with out_of_reach(tmp_path / path.name, number):
+    with pytest.raises(UserError, match='can not be read'):
+      report_reading.Workdir(tmp_path)  # there is nothing else
   with pytest.raises(UserError, match='no such file'):
     read_json(path.with_name('other.json'), list)
 

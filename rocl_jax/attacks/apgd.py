@@ -36,8 +36,8 @@ def apgd(
   checkpoints up to which too few steps have raised the loss, or since which
   the best has not changed. As the official code: one step keeps a quarter of
   the displacement before it; the last point that fooled the network counts.
-  An image whose logits are no answer at a point is left at the first such,
-  unless it fooled the network before.
+  An image stays at the first point where its logits are invalid, unless it
+  fooled the network before.
 
   Args:
     eps: radius.
@@ -106,7 +106,7 @@ class _State(NamedTuple):
   last_value: the loss at the iterate before.
   best: the point of highest loss.
   found: the last images that fooled the network, or the first whose logits
-    were no answer.
+    were invalid.
   fooled, invalid: which of them it is, if any [N].
   stuck: gradient entries that were not finite [N].
   step_size: [N].
@@ -227,7 +227,7 @@ def _measure(logits_fn, values, labels, samples):
     def add(i, carry):
       (_, _, total), all_stuck, seen = carry
       point, stuck, prediction = sample(i)
-      # One draw without an answer is enough.
+      # One draw with invalid logits is enough.
       prediction = jnp.where(seen == INVALID, INVALID, prediction)
       point = point._replace(gradient=total + point.gradient)
       return point, all_stuck + stuck, prediction

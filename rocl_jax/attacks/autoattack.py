@@ -74,8 +74,8 @@ class AutoAttackResult(NamedTuple):
   prediction: the class of `images`, -1 where `invalid` [N].
   after: {attack: share of images robust after it}, in the order of attacks.
   invalid: whether the network's logits of the clean or of the attacked image
-    are no answer, see `logits.invalid`: neither robust nor broken [N]. A
-    robust accuracy beside any of these proves nothing.
+    are invalid, see `logits.invalid`: neither robust nor broken [N]. With any
+    of these, robust accuracy proves nothing.
   stuck: entries of the network's gradient that were not finite, over all
     steps: they moved nothing [N].
   """

@@ -25,7 +25,7 @@ class Attempt(NamedTuple):
 
   Attributes:
     images: the adversarial images [N, H, W, C].
-    prediction: their classes, `logits.INVALID` without an answer [N].
+    prediction: their classes, `logits.INVALID` for invalid logits [N].
     top5: whether the label is among their first five [N].
     distance: norm of the displacement [N].
     outside: how far a pixel lies outside of [0, 1], or NaN [N].
@@ -52,8 +52,7 @@ class Fates(NamedTuple):
       that broke it, or else of the last that was tried [n].
     stuck: see Attempt; over all turns [n].
     tries: how often each image was attacked [n].
-    broke: the turn that broke it, or found logits that are no answer; -1 for
-      none [n].
+    broke: the turn that broke it, or found invalid logits; -1 for none [n].
     after: robust images at the end of each finished member.
     turn: the number of the current turn, over all members.
     waiting: the images of this turn, in its order.

@@ -118,7 +118,7 @@ class _State(NamedTuple):
   step: steps done.
   candidate: where the last step led; at first the image.
   best: the nearest adversarial image so far, or the first in the ball whose
-    logits are no answer.
+    logits are invalid.
   distance: of that one [N]; infinite where there is none.
   stuck: gradient entries that were not finite [N].
   """

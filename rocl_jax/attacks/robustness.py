@@ -40,8 +40,8 @@ class Outcome(NamedTuple):
   Attributes:
     clean_top1, clean_top5: whether the label is first, or among the first
       five, on the clean image.
-    robust_top1: whether the image withstood the attack. One without an answer,
-      see `logits.invalid`, has neither withstood it nor been broken.
+    robust_top1: whether the image withstood the attack. One with invalid
+      logits, see `logits.invalid`, has neither withstood it nor been broken.
     robust_top5: whether the label is among the first five on the adversarial
       image: the one that broke it, or else the last that was tried.
     clean_prediction, adversarial_prediction: the classes, or INVALID.
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
   @property
   def clean_invalid(self) -> np.ndarray:
-    """Whether the network has no answer for the clean image [n]."""
+    """Whether the logits of the clean image are invalid [n]."""
     return np.asarray(self.clean_prediction) == INVALID
 
   @property

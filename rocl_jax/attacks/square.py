@@ -51,7 +51,7 @@ def square(
 
     def margin_of(x):
       """Above 0 the network is fooled; at 0 too, as far as the search goes.
-      Where it gives no answer there is nothing more to find."""
+      Where the logits are invalid the search is over."""
       logits = logits_fn(x)
       margin = losses.margin(logits, labels).astype(x.dtype)
       return jnp.where(invalid(logits, labels), jnp.inf, margin)

@@ -64,7 +64,8 @@ def main(arguments: list[str]) -> None:
   # Compile times are compile times.
   jax.config.update('jax_enable_compilation_cache', False)
   folder = epath.Path(flags.FLAGS.out).expanduser().resolve()
-  measured = _measure(section, settings, peers, say)
+  with mesh.counting_in(settings.dtype):
+    measured = _measure(section, settings, peers, say)
   asked = ' '.join(sys.argv[1:])
   path = output.write(folder, section, measured, asked)
   print(path.read_text())

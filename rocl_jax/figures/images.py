@@ -50,7 +50,7 @@ def examples(
 
   def name(index: int) -> str:
     if index < 0:  # see `logits.INVALID`
-      return 'no answer'
+      return 'invalid'
     known = index < len(class_names)
     return short(str(class_names[index]), 14) if known else str(index)
 

@@ -40,6 +40,7 @@ def main(_: list[str]) -> None:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # what is here does not matter
+  from rocl_jax import mesh
   from rocl_jax.plan import chips
 
   given = flags.FLAGS
@@ -71,7 +72,8 @@ def main(_: list[str]) -> None:
   asked = shlex.join(['python', '-m', 'rocl_jax.plan', *sys.argv[1:]])
   planned, path = [], None
   for where in slices:
-    planned.append((where, _plan(where, stages)))
+    with mesh.counting_in([run.model.dtype]):
+      planned.append((where, _plan(where, stages)))
     text = _text(asked, run.model, images, planned)
     if given.output:
       folder = epath.Path(given.output).expanduser().resolve()

@@ -1,10 +1,9 @@
-from rocl_jax import command, mesh, report
+from rocl_jax import command, report
 from rocl_jax.errors import shown
 from rocl_jax.files import place
 
 
 def main(arguments: list[str]) -> None:
-  mesh.check_devices()  # saved arrays are read by way of JAX
   workdir = place(arguments[0])
   with report.opened(workdir) as folder:
     path = report.write(folder).replace(folder, workdir)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rocl_jax.errors import UserError
+from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.files import check_record, reading
 from rocl_jax.report.records import (
   ACCURACIES,
@@ -23,6 +23,7 @@ from rocl_jax.report.records import (
   runs_in_order,
   stage_order,
 )
+from rocl_jax.report.text import cause
 
 STAGE_FOLDER = re.compile(r'(\d+)_(.+)')
 
@@ -332,11 +333,7 @@ def _read_metrics(path: Path) -> list[Record]:
 def _stage_folders(folder: Path) -> dict[str, Path]:
   """The `<k>_<stage>` folders, in the order of k."""
   found = []
-  try:
-    paths = list(folder.iterdir())
-  except OSError:  # not ours to read
-    return {}
-  for path in paths:
+  for path in folder.iterdir():
     match = STAGE_FOLDER.fullmatch(path.name)
     if match and path.is_dir():
       found.append((int(match[1]), match[2], path))
@@ -376,13 +373,13 @@ class Workdir:
     self.config: Record = config
     command = self.read(path / 'run.json', _read_object, {}).get('command')
     self.command = command if isinstance(command, str) else ''
-    main = _stage_folders(path)
+    main = self.read(path, _stage_folders, {})
     others = {
       folder.name: stages
       for folder in sorted(path.iterdir())
       if folder.is_dir()
       and not STAGE_FOLDER.fullmatch(folder.name)
-      and (stages := _stage_folders(folder))
+      and (stages := self.read(folder, _stage_folders, {}))
     }
     records = self._all('results.json', _read_results)
     last, there = newest(records), self._weights({'': main} | others)
@@ -419,10 +416,8 @@ class Workdir:
       try:
         if os.path.lexists(path):
           self._known[path] = read(path)
-      except UserError as error:
-        self.problems.append(' '.join(str(error).split()))
-      except OSError as error:
-        self.problems.append(f'{path}: {error.strerror}')
+      except (UserError, RunFailed, OSError) as error:
+        self.problems.append(cause(error))
     return self._known[path]
 
   def _all(self, name: str, read: Callable[[Path], list]) -> list[Record]:

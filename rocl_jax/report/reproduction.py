@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rocl_jax import published
-from rocl_jax.errors import UserError
+from rocl_jax.errors import RunFailed, UserError
 from rocl_jax.report.reading import Workdir
 from rocl_jax.report.records import Record, find_headline, pick
 from rocl_jax.report.text import column, number, plain
@@ -95,7 +95,7 @@ class Reproduction:
     for folder in seed_folders(path):
       try:
         self.seeds[folder.name] = Workdir(folder)
-      except UserError as error:
+      except (UserError, RunFailed) as error:
         self.lost.append(str(error))
     if not self.seeds:
       raise UserError(self.lost[0])

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rocl_jax import figures
-from rocl_jax.errors import UserError, one_line
+from rocl_jax.errors import RunFailed, UserError, one_line
 from rocl_jax.figures import printable, short
 from rocl_jax.report import html
 from rocl_jax.report.records import ACCURACIES, Record, attacked
@@ -287,7 +287,7 @@ class Writer:
 
 def cause(error: Exception) -> str:
   """In one line; the kind of error too, unless it is told to users."""
-  if isinstance(error, UserError):
+  if isinstance(error, UserError | RunFailed):
     return one_line(error)
   if isinstance(error, OSError) and error.strerror:
     return f'{error.filename or "disk"}: {error.strerror}'

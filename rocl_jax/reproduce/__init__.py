@@ -12,6 +12,7 @@ from rocl_jax import workdir as folders
 from rocl_jax.errors import RunFailed, UserError, nearest, shown
 from rocl_jax.experiment import Run, parse_experiment
 from rocl_jax.files import is_remote
+from rocl_jax.mesh import counting_in
 from rocl_jax.report.reproduction import SURROGATE
 from rocl_jax.reproduce import forecast
 
@@ -147,6 +148,16 @@ def reproduce(
       configs[seed].update(seed=seed, compare=names)
     plans[seed] = parse_experiment(configs[seed])
   first = plans[seeds[0]]
+  with counting_in([one.model.dtype for one in first.runs]):
+    return _reproduce(
+      *(configs, plans, workdir, tables, autoattack, audit, dry_run, allowed)
+    )
+
+
+def _reproduce(
+  configs, plans, workdir, tables, autoattack, audit, dry_run, allowed
+):
+  first = next(iter(plans.values()))
   where = first.data
   dataset = data.load(where.source, where.dir, where.validation)
   root = epath.Path(workdir).expanduser().resolve()
@@ -158,7 +169,7 @@ def reproduce(
   if dry_run:
     return ''
   problems = []
-  for seed in seeds:
+  for seed in plans:
     folder = root / f'seed{seed}'
     pipeline.run(configs[seed], str(folder), allowed)
     for asked, models in evaluations(
