@@ -331,7 +331,7 @@ def _replace(directory: epath.Path, fill: Callable[[epath.Path], None]) -> None:
   try:
     new.rename(directory)
   except OSError:
-    if old.exists():
+    if exists(old):
       old.rename(directory)
     raise
   shutil.rmtree(old, ignore_errors=True)

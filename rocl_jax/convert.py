@@ -4,8 +4,8 @@ r"""Turns a checkpoint of the published PyTorch code into a model folder.
 
 --checkpoint=FILE   what torch.save wrote: RoCL's or HYDRA's ResNet for CIFAR-10
 --name=NAME         what records call it; as the file, if not given
---out=FOLDER        the model folder; NAME/model if not given. It may not be
-                    there yet; records of its evaluation go beside it
+--out=FOLDER        the model folder; NAME/model if not given. It must not
+                    exist yet; records of its evaluation go beside it
 --stage=NAME        what it was trained for: supervised (default), pretrain for
                     an encoder without its classifier, prune, finetune, ...
 --state_dict=NAME   which weights, where the file holds several: a key such as
@@ -41,7 +41,7 @@ from ml_collections import ConfigDict
 from rocl_jax import command, data
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import UserError, shown
-from rocl_jax.files import is_remote
+from rocl_jax.files import exists, is_remote, place
 from rocl_jax.progress import say
 from rocl_jax.settings import parse
 from rocl_jax.torch_file import some
@@ -320,8 +320,8 @@ def convert(
   run = experiment.runs[0]
   if is_remote(out):
     raise UserError(f'--out: found {out}, wanted a folder of this machine')
-  path = epath.Path(out or f'{name}/model').expanduser().resolve()
-  if path.exists():
+  path = epath.Path(place(out or f'{name}/model'))
+  if exists(path):
     raise UserError(
       f'--out: {shown(path)} is there already, and nothing is overwritten; '
       'wanted another --out or --name'
@@ -347,11 +347,10 @@ def convert(
   dataset, class_names, image_shape = _images(experiment.data, classes)
   if dataset == UNNAMED:
     say(
-      f'--checkpoint: its {classes} classes are called {class_names[0]} to '
-      f'{class_names[-1]}, as no file names them: evaluate it on a FOLDER with '
-      'train/NAME and test/NAME of these names, of 32x32 images; or convert it '
-      'with --config.data.source=folder --config.data.dir=FOLDER, for the '
-      'names and the image size of that'
+      f'The file names no classes; they are called {class_names[0]} to '
+      f'{class_names[-1]}. To evaluate, give images in train/NAME and '
+      'test/NAME with these names, 32x32; or convert again with '
+      '--config.data.source=folder --config.data.dir=FOLDER.'
     )
   about = {
     'run': name,

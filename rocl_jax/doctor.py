@@ -105,12 +105,11 @@ def examine(path: epath.Path) -> Findings:
 
 def _stages(path: epath.Path) -> Iterator[epath.Path]:
   """The stage folders of the main run, then those of its baselines."""
-  folders = [p for p in entries(path) if p.is_dir()]
+  folders = entries(path)  # and files, which hold nothing
   yield from (p for p in folders if _STAGE.fullmatch(p.name))
   for folder in folders:
     if not _STAGE.fullmatch(folder.name):
-      inner = [p for p in entries(folder) if p.is_dir()]
-      yield from (p for p in inner if _STAGE.fullmatch(p.name))
+      yield from (p for p in entries(folder) if _STAGE.fullmatch(p.name))
 
 
 def _stage(found: Findings, directory: epath.Path) -> str:
@@ -281,9 +280,11 @@ def _next(path: epath.Path, found: Findings, holder: dict[str, Any]) -> str:
   if command:
     again = shlex.join(['python', *shlex.split(command)])
   if found.unreadable:
-    return f'see to what can not be read, and nothing is lost; then {again}'
+    return (
+      f'nothing is lost: make these files readable again, then run: {again}'
+    )
   if found.first:
-    return f'{", ".join(dict.fromkeys(found.first))}; then {again}'
+    return f'{", ".join(dict.fromkeys(found.first))}; then run: {again}'
   if found.damage:
     return (
       f'{again}: damaged saves and models that it still needs are set aside, '
@@ -292,7 +293,8 @@ def _next(path: epath.Path, found: Findings, holder: dict[str, Any]) -> str:
   if found.complete and status == 'finished':
     return f'python -m rocl_jax.report {shown(path)}'
   if str(status).startswith('failed'):
-    return f'{again}, once that is mended which it {status}'
+    why = str(status).removeprefix('failed: ')
+    return f'fix this first: {why}; then run: {again}'
   return f'{again}: it goes on'
 
 

@@ -26,8 +26,8 @@ def unreadable(path: object, error: BaseException) -> Unreadable:
   """That a path can't be read, and why: a disk that is away, a wrong mode."""
   why = error.strerror if isinstance(error, OSError) else None
   return Unreadable(
-    f'{shown(path)}: can not be read: {why or one_line(error)}; it is left '
-    'as it is, and the same command goes on once it can be'
+    f'{shown(path)}: can not be read: {why or one_line(error)}; nothing was '
+    'changed; run the same command again once it can be read'
   )
 
 

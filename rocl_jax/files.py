@@ -4,6 +4,7 @@ What can't be read just now is neither missing nor damaged: `Unreadable`.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from etils import epath
 from rocl_jax.errors import UserError, one_line, shown, unreadable
 
 _MISSING = (FileNotFoundError, NotADirectoryError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def is_remote(place: str) -> bool:
@@ -80,7 +82,8 @@ def reading(path: object) -> Iterator[None]:
 def exists(path: os.PathLike) -> bool:
   """Whether there is such a file or folder.
 
-  `Path.exists` says no where it can't be known.
+  `Path.exists` says no where it can't be known. Nothing has a name that is too
+  long, or is at the end of links that lead to each other.
 
   Raises:
     Unreadable: it can't be known.
@@ -88,8 +91,10 @@ def exists(path: os.PathLike) -> bool:
   with reading(path):
     try:
       os.stat(path)
-    except _MISSING:
-      return False
+    except OSError as e:
+      if e.errno in _NO_NAME or isinstance(e, _MISSING):
+        return False
+      raise
   return True
 
 
@@ -167,6 +172,6 @@ def check_record(path: object, i: int, record: Mapping[str, Any]) -> None:
 
 
 def cache_folder() -> pathlib.Path:
-  """The user's cache folder for this project; it may not be there yet."""
+  """The user's cache folder for this project, which need not exist yet."""
   home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   return pathlib.Path(home).expanduser() / 'rocl_jax'

@@ -40,8 +40,9 @@ def check_devices() -> None:
   finally:
     jax.config.update('jax_platforms', asked)
   raise UserError(
-    f'JAX_PLATFORMS: found {asked}, which JAX can not use here ({why}); there '
-    f'is {", ".join(sorted(there))}: wanted that, or no JAX_PLATFORMS'
+    f'JAX_PLATFORMS: found {asked}, which JAX can not use here ({why}); '
+    f'available here: {", ".join(sorted(there))}. Set JAX_PLATFORMS to that, '
+    'or unset it'
   )
 
 
@@ -68,7 +69,7 @@ def counting_in(dtypes: Collection[str]) -> Iterator[None]:
       )
     yield
     return
-  warn('JAX_ENABLE_X64: left aside, as no config.model.dtype is float64')
+  warn('JAX_ENABLE_X64 is ignored: no network has dtype float64')
   with jax.enable_x64(False):
     yield
 

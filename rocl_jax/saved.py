@@ -5,6 +5,7 @@ logits = network(model.network).predict(model.variables, images)
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def load(folder: str, field: str, dtype: str = '') -> Saved:
   """
   if is_remote(folder):
     raise UserError(f'{field}: found {folder}, wanted a folder of this machine')
-  path = epath.Path(folder).expanduser().resolve()
+  path = epath.Path(os.path.realpath(os.path.expanduser(folder)))
   try:
     variables, about = checkpoint.load_model(path)
   except UserError as e:

@@ -299,8 +299,8 @@ def _unwrapped(
   if not prefix:
     return tensors
   rest = [name for name in tensors if not name.startswith(prefix)]
-  also = f', and so is {some(rest)}' if rest else ''
-  say(f'{path}: all names begin with {prefix!r:.60}, which is left out{also}')
+  also = f'; ignored {some(rest)}' if rest else ''
+  say(f'{path}: dropped the prefix {prefix!r:.60} of all names{also}')
   return {
     name.removeprefix(prefix): x
     for name, x in tensors.items()

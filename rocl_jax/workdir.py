@@ -58,7 +58,7 @@ def make(path: str, field: str) -> epath.Path:
     UserError: it can't be written.
     OSError: the disk is full, or away.
   """
-  root = epath.Path(path).expanduser().resolve()
+  root = epath.Path(os.path.realpath(os.path.expanduser(path)))
   try:
     root.mkdir(parents=True, exist_ok=True)
     probe = root / f'.writable-{os.getpid()}'

@@ -401,7 +401,7 @@ def test_a_mistake_is_told_in_one_line(call, tmp_path, arguments, wanted):
 TRAIN = ['train.py', '--config=configs/quickstart.py', '--workdir=w']
 SURROUNDINGS = [
   (TRAIN, {'JAX_PLATFORMS': 'nonsense'}, 2, 'JAX_PLATFORMS: found nonsense'),
-  (TRAIN, {'JAX_PLATFORMS': 'cuda'}, 2, 'there is cpu'),
+  (TRAIN, {'JAX_PLATFORMS': 'cuda'}, 2, 'available here: cpu. Set'),
   (
     ['-m', 'rocl_jax.report', 'w'],
     {'JAX_PLATFORMS': 'cuda'},  # a report needs no device

@@ -35,6 +35,7 @@ from configs import quickstart
 from rocl_jax import (
   changes,
   checkpoint,
+  convert,
   doctor,
   journal,
   loop,
@@ -48,14 +49,16 @@ from rocl_jax import (
   results,
   workdir,
 )
+from rocl_jax import saved as saved_models
 from rocl_jax.attacks.settings import AttackSettings
 from rocl_jax.checkpoint import States
 from rocl_jax.data import Split, load
 from rocl_jax.errors import RunFailed, Unreadable, UserError
 from rocl_jax.experiment import parse_experiment
-from rocl_jax.files import read_json, write_json
+from rocl_jax.files import exists, read_json, write_json
 from rocl_jax.manifest import Damaged
 from rocl_jax.report import reading as report_reading
+from rocl_jax.reproduce import forecast
 from rocl_jax.trees import flatten
 from rocl_jax.types import TrainingSet
 
@@ -265,13 +268,46 @@ def test_a_small_file_out_of_reach_is_not_called_invalid(number, tmp_path):
     (book._path, book.read),
   ):
     with out_of_reach(tmp_path / file.name, number):
-      with pytest.raises(Unreadable, match=f'{file.name}: can not be read'):
+      with pytest.raises(Unreadable, match=f'{file.name}: can not be') as told:
         read()
+    assert 'run the same command again once it can be read' in str(told.value)
   with out_of_reach(tmp_path / path.name, number):
     with pytest.raises(UserError, match='can not be read'):
       report_reading.Workdir(tmp_path)  # there is nothing else
   with pytest.raises(UserError, match='no such file'):
     read_json(path.with_name('other.json'), list)
+
+
+def test_what_can_not_be_known_to_be_there_is_not_called_missing(
+  tmp_path, monkeypatch
+):
+  path, real = tmp_path / 'results.json', os.stat
+
+  def fails(file, *rest, **more):
+    if str(file) == str(path):
+      raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    return real(file, *rest, **more)
+
+  monkeypatch.setattr(os, 'stat', fails)
+  root, config = epath.Path(tmp_path), quickstart.get_config()
+  for look in (
+    lambda: exists(path),
+    lambda: forecast._has_autoattack(root, 10),
+    lambda: convert.convert(config, 'x.pt', str(path), 'supervised', 'x'),
+  ):
+    with pytest.raises(Unreadable, match='results.json: can not be read'):
+      look()
+
+
+def test_no_file_has_a_name_that_none_can_have(tmp_path):
+  circle = tmp_path / 'circle'
+  circle.symlink_to(circle)
+  for path in (circle, tmp_path / ('x' * 300)):
+    assert not exists(path)
+    with pytest.raises(UserError, match='--model: .*: no such folder'):
+      saved_models.load(str(path), '--model')
+  with pytest.raises(UserError, match='--workdir: .*is no folder that can be'):
+    workdir.make(str(circle), '--workdir')
 
 
 def test_saves_of_several_threads_do_not_meet(tmp_path):
@@ -829,9 +865,16 @@ def test_the_doctor_calls_nothing_damaged_that_it_can_not_read(tmp_path):
       found = doctor.examine(epath.Path(tmp_path))
       text = doctor.text(epath.Path(tmp_path), found)
       assert found.unreadable and str(path) in ''.join(found.unreadable), path
+      assert 'nothing is lost: make these files readable again, then' in text
       assert not found.damage and 'DAMAGED' not in text
       assert 'goes on' not in text.splitlines()[-1].partition('next')[2]
-  assert not doctor.examine(epath.Path(tmp_path)).unreadable
+  ended = {'status': 'failed: disk full', 'command': 'train.py --workdir=w'}
+  (tmp_path / 'run.json').write_text(json.dumps(ended))
+  found = doctor.examine(epath.Path(tmp_path))
+  assert not found.unreadable
+  assert doctor.text(epath.Path(tmp_path), found).endswith(
+    'fix this first: disk full; then run: python train.py --workdir=w'
+  )
   with pytest.raises(UserError, match='neither a work directory'):
     doctor.examine(epath.Path(tmp_path) / '1_supervised' / 'checkpoints')
 
@@ -1075,7 +1118,7 @@ def test_64_bit_mode_is_left_aside_where_no_network_counts_so(capfd):
         pass
   finally:
     jax.config.update('jax_enable_x64', before)
-  assert 'JAX_ENABLE_X64: left aside' in capfd.readouterr().err
+  assert 'JAX_ENABLE_X64 is ignored' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('number', [errno.ESTALE, errno.ENOENT, errno.EMFILE])

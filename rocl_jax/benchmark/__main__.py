@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
   mesh.check_devices()
   # Compile times are compile times.
   jax.config.update('jax_enable_compilation_cache', False)
-  folder = epath.Path(flags.FLAGS.out).expanduser().resolve()
+  folder = epath.Path(flags.FLAGS.out)
   with mesh.counting_in(settings.dtype):
     measured = _measure(section, settings, peers, say)
   asked = ' '.join(sys.argv[1:])

@@ -76,7 +76,7 @@ def main(_: list[str]) -> None:
       planned.append((where, _plan(where, stages)))
     text = _text(asked, run.model, images, planned)
     if given.output:
-      folder = epath.Path(given.output).expanduser().resolve()
+      folder = epath.Path(given.output)
       path = output.write(folder, text, planned, asked, run.config)
   print('\n'.join(text))
   if path:

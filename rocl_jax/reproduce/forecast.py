@@ -124,7 +124,7 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
   steps = section.attack.keywords['steps']
   cell = programs.Cell(run.model, section.batch_size, steps, size, classes)
   where = f'{jax.device_count()} {jax.devices()[0].device_kind}: {cell.name}'
-  known = files.read_json(path, dict) if path.exists() else {}
+  known = files.read_json(path, dict) if files.exists(path) else {}
   rate = known.get(where)
   if not (isinstance(rate, float) and 0 < rate < math.inf):
     say('measuring one training step')
@@ -137,14 +137,14 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
       seconds.append(time.perf_counter() - begin)
     rate = step.work * cell.batch / timing.summary(seconds).median
     known[where] = rate
-    if path.parent.exists():  # a dry run makes no folder
+    if files.exists(path.parent):  # a dry run makes no folder
       files.write_json(path, known)
   return rate
 
 
 def _has_autoattack(folder: epath.Path, n: int) -> bool:
   path = folder / 'results.json'
-  records = files.read_json(path, list) if path.exists() else []
+  records = files.read_json(path, list) if files.exists(path) else []
   return any(
     isinstance(r, dict) and (r.get('attack'), r.get('n')) == ('autoattack', n)
     for r in records
