@@ -856,7 +856,10 @@ def test_a_broken_file_costs_its_own_section(tmp_path, name, change, message):
   text = unescaped((tmp_path / 'report.md').read_text())
   (line,) = [x for x in text.splitlines() if x.startswith(f'- {path}: ')]
   assert message in line
-  assert f'\n- {tmp_path}/3_prune/metrics.jsonl: Is a directory' in text
+  assert (
+    f'\n- {tmp_path}/3_prune/metrics.jsonl: can not be read: Is a directory'
+    in text
+  )
   assert '| ours | prune | 90 | 91.00 |' in text
   measured = name == 'results.json'
   assert ('## Attack by attack' in text) != measured
