@@ -55,6 +55,8 @@ def audit_model(
   new['version'] = audit.VERSION
   entry = _last(path, new, split)
   count = min(examples, len(split.labels))
+  if entry['n'] >= count > 0:
+    model.say(f'audit on {entry["n"]} {name} images: done before')
   if entry['n'] < count:
     model.say(f'audit on {count} {name} images')
     first = _first(split, count)

@@ -233,8 +233,9 @@ def load_model(directory: epath.Path) -> tuple[Variables, dict[str, Any]]:
     Unreadable: it can't be read now.
   """
   if not is_model(directory):
-    inside = directory / 'model'
-    hint = f' (did you mean {shown(inside)}?)' if is_model(inside) else ''
+    inside = [directory / 'model', *sorted(directory.glob('*_*/model'))[::-1]]
+    there = next((path for path in inside if is_model(path)), None)
+    hint = f' (did you mean {shown(there)}?)' if there else ''
     missing = f'no model here, {manifest.MANIFEST} is missing'
     if not exists(directory):
       missing = 'no such folder'

@@ -268,7 +268,13 @@ def _check_config_file(file):
   if not os.path.isfile(file):
     folder = os.path.dirname(file) or '.'
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    hint = nearest(os.path.basename(file), names)
+    names = sorted(x for x in names if x.endswith('.py'))
+    # By the stem: all end alike.
+    stem = os.path.basename(file).removesuffix('.py')
+    hint = nearest(stem, [name[:-3] for name in names])
+    hint = hint.replace("'?)", ".py'?)")
+    if not hint and names:
+      hint = f'; that folder has {", ".join(names)}'
     raise UserError(f'--config: no such file: {shown(file)}{hint}')
 
 

@@ -78,7 +78,9 @@ def examine(path: epath.Path) -> Findings:
   found.lines.append(('state', _state_line(_holder(found, path))))
   for changes in _lines(found, path / 'changes.jsonl'):
     was = f'{changes.get("field")} {changes.get("from")!r}'
-    found.lines.append(('changed', f'{was} -> {changes.get("to")!r}'))
+    change = 'changed', f'{was} -> {changes.get("to")!r}'
+    if change not in found.lines:  # of the run, and of each stage
+      found.lines.append(change)
   for line in _version_lines(found, path / 'versions.jsonl'):
     found.lines.append(('changed', line))
   stages = list(_stages(path))

@@ -27,7 +27,7 @@ def check_devices() -> None:
     jax.devices()
     return
   except Exception as e:  # whatever a plugin raises
-    why = one_line(e)
+    why = one_line(e) if str(e) else 'no such device, or JAX without support'
   asked = jax.config.values.get('jax_platforms')
   if not asked:
     raise RunFailed(f'JAX finds no device: {why}')

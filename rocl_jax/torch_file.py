@@ -89,8 +89,8 @@ def _content(file: Any) -> Any:
   file.seek(0)
   if file.read(4) != b'PK\x03\x04':
     raise ValueError(
-      'no zip file: neither is the format before PyTorch 1.6 read; load and '
-      'save it with a newer one'
+      'not a zip file, as PyTorch writes since 1.6; load an older checkpoint '
+      'with a newer PyTorch and save it again'
     )
   with zipfile.ZipFile(file) as archive:
     members = _members(archive, size)

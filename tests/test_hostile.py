@@ -693,7 +693,7 @@ def test_pickles_do_not_execute(protocol, tmp_path):
   path.write_bytes(zip_bytes({'a/data.pkl': trap}))
   refused('can not be read', torch_file.read, path)
   path.write_bytes(trap)
-  refused('no zip file', torch_file.read, path)
+  refused('not a zip file', torch_file.read, path)
   assert not canary.exists()
 
 
@@ -1083,7 +1083,7 @@ def test_torch_saves_what_we_read(tmp_path):
   refused('which is not allowed', torch_file.read, path)
   old = {'_use_new_zipfile_serialization': False}
   torch.save(net.state_dict(), path, **old)
-  refused('no zip file: neither is the format before', torch_file.read, path)
+  refused('not a zip file, as PyTorch writes since 1.6', torch_file.read, path)
 
 
 def test_convert_masks(tmp_path):
@@ -1259,9 +1259,6 @@ def test_conversions_do_not_share_a_folder(tmp_path, monkeypatch):
     *('-m', 'rocl_jax.evaluate', f'--model={odd}'),
     f'--config={ROOT}/configs/eval.py:paper',
   ]
-  refused(
-    'has a comma', convert.convert, config(), sources[0], 'a,b', 'supervised'
-  )
 
 
 def _prefixed(prefix, tensors):
@@ -1390,7 +1387,7 @@ def test_convert_command(tmp_path):
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
   )
   assert done.returncode == 2, done.stderr
-  assert 'no zip file' in done.stderr and done.stderr.count('\n') == 1
+  assert 'not a zip file' in done.stderr and done.stderr.count('\n') == 1
   assert files_in(tmp_path) == [str(path)]
 
 

@@ -293,7 +293,7 @@ def test_whole_report(tmp_path):
   assert text.replace('not CIFAR-10', '').count('CIFAR') == 0
   assert '| ours | pretrain | – | – | – | – | – | no classifier' in text
   assert 'see run rocl, stage linear_eval' in text
-  assert 'selected on the test images, for comparison with the paper' in text
+  assert 'most robust on the test images, for comparison with the paper' in text
   assert '| total | 43,712 | 4,371 | 10.00 |' in text
   # The natural run's pictures follow the main run's of the same stage.
   order = ['ours_finetune', 'natural_finetune', 'ours_prune', 'natural_prune']

@@ -97,7 +97,8 @@ def check_images(found: Any) -> None:
   floating = jnp.issubdtype(kind, np.floating)
   if found.ndim != 4 or not found.size or not (floating or kind == np.uint8):
     seen = f'{kind} {list(found.shape)}'
-    raise FieldError('images', seen, 'floats in [0, 1] [N, H, W, C], or uint8')
+    wanted = 'floats in [0, 1] [N, H, W, C], or uint8, at least one image'
+    raise FieldError('images', seen, wanted)
   if not floating or _traced(found):
     return
   with jax.ensure_compile_time_eval():  # the caller may be under `jit`

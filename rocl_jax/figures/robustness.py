@@ -138,7 +138,7 @@ def _mark_radii(ax: Axes, models: Sequence[SecurityCurve]) -> None:
 
 
 CONFUSION_COLOURS = (
-  'Blue: right, red: wrong; the darker, the larger the share of the row.'
+  'Blue: right, orange: wrong; the darker, the larger the share of the row.'
 )
 
 

@@ -94,6 +94,20 @@ def attack_of(record: Record) -> tuple:
   return tuple(record.get(key) for key in ('attack', 'norm', 'eps', 'n'))
 
 
+_STANDARD = {'steps': 100, 'queries': 5000, 'targets': 9}
+
+
+def shortened(record: Record) -> bool:
+  """Whether an AutoAttack has less of anything than the standard one."""
+  classes = len(record.get('class_names') or ()) or 10
+  most = _STANDARD | {'targets': min(_STANDARD['targets'], classes - 1)}
+  return any(
+    isinstance(member.get(key), int) and 0 < member[key] < number
+    for member in record.get('members') or ()
+    for key, number in most.items()
+  )
+
+
 def attacked(record: Record) -> bool:
   """Whether there was an attack: without one, 'robust' is just 'clean'."""
   return record.get('attack') != 'clean'

@@ -21,6 +21,7 @@ from rocl_jax.report.records import (
   newest,
   pick,
   runs_in_order,
+  shortened,
   stage_order,
 )
 from rocl_jax.report.text import (
@@ -72,9 +73,10 @@ STAGE_TEXTS = {
 }
 
 SELECTIONS = {
-  'last': 'the last epoch, selected on nothing',
-  'best_validation': 'best on validation images, held out of the training set',
-  'best_test': 'selected on the test images, for comparison with the paper '
+  'last': 'the last epoch',
+  'best_validation': 'most robust on validation images, held out of the '
+  'training set; of equals the first',
+  'best_test': 'most robust on the test images, for comparison with the paper '
   'only',
 }
 
@@ -155,6 +157,7 @@ def _beside(
       cell = number(record.get('robust_top1'))
       size = plain(record.get('n'))
       cell += f' (n {size})' if size != row[n] else ''
+      cell += ', shortened' if shortened(record) else ''
     cells.append([*row[:place], cell, *row[place:]])
   return [*header[:place], 'AutoAttack top-1', *header[place:]], cells
 
@@ -266,8 +269,12 @@ def introduction(out: Writer, work: Workdir) -> None:
   keep = prune.get('keep') if isinstance(prune, Mapping) else None
   if isinstance(keep, int | float) and 'prune' in work.stages(work.main_run):
     lines.append(f'- Pruning keeps {100 * keep:.4g} % of the weights')
-  if 'seed' in config:
-    lines.append(f'- Seed: {md(config["seed"])}')
+  models = [work.model(work.main_run, s) for s in work.stages(work.main_run)]
+  trained: list[Any] = [m.get('config') for m in models]
+  trained = [x for x in trained if isinstance(x, Mapping)] or [config]
+  seeds = dict.fromkeys(x['seed'] for x in trained if 'seed' in x)
+  if seeds:
+    lines.append(f'- Seed: {md(", ".join(map(str, seeds)))}')
   for record in work.records:
     if attack_of(record) == work.headline:
       attack = md(attack_text(record))

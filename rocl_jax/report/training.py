@@ -124,7 +124,8 @@ def recipes(out: Writer, work: Workdir) -> None:
       if not model and done is None:
         text += ', not trained yet'
       epochs.append(f'{stage} {text}')
-      attacks.setdefault(_against(settings), []).append(stage)
+      against = _against(settings) if planned != 0 else 'not trained'
+      attacks.setdefault(against, []).append(stage)
       taken += sum(x for x in column(measured, 'seconds') if math.isfinite(x))
       about = about or images_an_epoch(settings, measured)
     if any(models) or taken:
