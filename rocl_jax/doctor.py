@@ -280,7 +280,13 @@ def _next(path: epath.Path, found: Findings, holder: dict[str, Any]) -> str:
   status, command = holder.get('status'), holder.get('command')
   again = 'the command that began it'
   if command:
-    again = shlex.join(['python', *shlex.split(command)])
+    # Of a copy, the command's own folder is another.
+    here = f'--workdir={path}'
+    words = [
+      here if x.startswith('--workdir=') and not is_remote(x) else x
+      for x in shlex.split(command)
+    ]
+    again = shlex.join(['python', *words])
   if found.unreadable:
     return (
       f'nothing is lost: make these files readable again, then run: {again}'

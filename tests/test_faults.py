@@ -873,7 +873,7 @@ def test_the_doctor_calls_nothing_damaged_that_it_can_not_read(tmp_path):
   found = doctor.examine(epath.Path(tmp_path))
   assert not found.unreadable
   assert doctor.text(epath.Path(tmp_path), found).endswith(
-    'fix this first: disk full; then run: python train.py --workdir=w'
+    f'fix this first: disk full; then run: python train.py --workdir={tmp_path}'
   )
   with pytest.raises(UserError, match='neither a work directory'):
     doctor.examine(epath.Path(tmp_path) / '1_supervised' / 'checkpoints')

@@ -271,6 +271,9 @@ class Writer:
     path = self.folder / 'report.md'
     if problems:
       lines = [f'- {md(problem)}' for problem in dict.fromkeys(problems)]
+      for problem in dict.fromkeys(problems):
+        left_out = f'warning: left out of the report: {problem}'
+        print(terminal(printable(left_out)), file=sys.stderr)
       self.parts[2:2] = [
         '**Left out, as it can not be read:**',
         '\n'.join(lines),
