@@ -95,6 +95,8 @@ def _run(
   # Hosts that share a folder must not all prepare it.
   processes.from_first(lambda: prepare(settings.source, settings.dir))
   dataset = load(settings.source, settings.dir, settings.validation)
+  if len(dataset.class_names) < 2:
+    raise UserError('config.data: found one class, wanted two or more')
   _check_sizes(experiment, dataset)
   chains = _chains(experiment, dataset, root)
   _agree(chains)

@@ -86,7 +86,7 @@ def claim(root: epath.Path, field: str, name: str = RUN) -> Iterator[None]:
     UserError: another run holds it; the message says which.
   """
   path = pathlib.Path(root) / name
-  file, me, before = processes.from_first(lambda: _acquire(path, field))
+  file, me = processes.from_first(lambda: _acquire(path, field))
   if not processes.is_first():
     yield
     return
@@ -99,10 +99,7 @@ def claim(root: epath.Path, field: str, name: str = RUN) -> Iterator[None]:
     except Interrupted as e:
       me['status'] = f'interrupted by {e}'
       raise
-    except UserError as e:  # refused, so what the folder holds is as it was
-      me = before or me | {'status': f'failed: {e}'}
-      raise
-    except RunFailed as e:
+    except (UserError, RunFailed) as e:
       me['status'] = f'failed: {e}'
       raise
     except BaseException as e:
@@ -110,8 +107,7 @@ def claim(root: epath.Path, field: str, name: str = RUN) -> Iterator[None]:
       raise
     finally:
       ended.set()
-      if me is not before:
-        me['ended'] = datetime.now(UTC).isoformat(timespec='seconds')
+      me['ended'] = datetime.now(UTC).isoformat(timespec='seconds')
       with contextlib.suppress(OSError):  # a full disk, say
         _write(file, me)
   finally:
@@ -119,8 +115,7 @@ def claim(root: epath.Path, field: str, name: str = RUN) -> Iterator[None]:
 
 
 def _acquire(path, field):
-  """Takes the folder; (the open file, what it says of this process, and what it
-  said before)."""
+  """Takes the folder; (the open file, what it says of this process)."""
   file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
   try:
     try:
@@ -145,7 +140,7 @@ def _acquire(path, field):
   except BaseException:
     os.close(file)
     raise
-  return file, me, holder
+  return file, me
 
 
 def await_silence(

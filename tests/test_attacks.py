@@ -208,7 +208,9 @@ def test_a_larger_ball_never_saves_an_image():
     for eps in (0, EDGE[norm], 4 * EDGE[norm]):
       few = [('apgd-ce', apgd(eps=eps, norm=norm, steps=20))]
       few.append(('square', square(eps=eps, norm=norm, queries=50)))
-      result = autoattack(logits, IMAGES, RIGHT, eps=eps, attacks=few)
+      result = autoattack(
+        *(logits, IMAGES, RIGHT), eps=eps, norm=norm, attacks=few
+      )
       robust.append(result.robust)
     assert robust[0].all() and not robust[-1].any()
     shares = [r.mean() for r in robust]

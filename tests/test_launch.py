@@ -739,7 +739,8 @@ def test_four_local_processes_match_one(tmp_path):
 def test_a_python_without_the_environment_is_named(tmp_path):
   arguments = ['--config=configs/quickstart.py', f'--workdir={tmp_path}/w']
   done = subprocess.run(
-    [sys.executable, '-I', '-S', ROOT / 'launch/local', '--', *arguments],
+    [sys.executable, '-S', ROOT / 'launch/local', '--', *arguments],
+    env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
     capture_output=True,
     text=True,
   )

@@ -69,10 +69,6 @@ def folder_path(directory: str, wanted: str) -> Path:
 def validate(raw: RawDataset) -> None:
   """Raises UserError unless both splits are well formed and not empty."""
   classes = len(raw.class_names)
-  if classes < 2:
-    raise UserError(
-      f'config.data.source: {raw.name} has {classes} class; wanted two or more'
-    )
   for name, split in (('training', raw.train), ('test', raw.test)):
     where = f'config.data.source: the {name} set of {raw.name}'
     images, labels = split
