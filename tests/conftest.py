@@ -26,6 +26,7 @@ if not _worker:  # workers and processes inherit it
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
@@ -45,3 +46,12 @@ _LONG = (
 def pytest_collection_modifyitems(items):
   rank = {f'test_{name}.py': i for i, name in enumerate(_LONG)}
   items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def uninterrupted():
+  """What asked one test's run to stop must not stop the next test's."""
+  yield
+  from rocl_jax import interruption
+
+  interruption._State.number, interruption._State.heard = None, False
