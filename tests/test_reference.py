@@ -114,7 +114,7 @@ def test_instance_wise_attack(steps):
     step_size=float(data['alpha']),
     steps=steps,
   )
-  assert_same_pixels(adversarial, data[f'adv_iters{steps}'], 0.995)
+  assert_same_pixels(adversarial.images, data[f'adv_iters{steps}'], 0.995)
 
   published = nhwc(data[f'adv_iters{steps}'])
   for pair, other in (('original', view1), ('other', view2)):
@@ -139,7 +139,7 @@ def test_pgd_on_cross_entropy():
     step_size=float(data['alpha']),
     steps=20,
   )
-  assert_same_pixels(adversarial, data['pgd20_ce'], 0.995)
+  assert_same_pixels(adversarial.images, data['pgd20_ce'], 0.995)
 
 
 def keep_fraction(value):
@@ -264,7 +264,7 @@ def test_trades():
     step_size=float(data['trades_step']),
     steps=10,
   )
-  assert_same_pixels(adversarial, data['trades_x_adv'], 0.97)
+  assert_same_pixels(adversarial.images, data['trades_x_adv'], 0.97)
 
   published = nhwc(data['trades_x_adv'])
 
@@ -291,7 +291,7 @@ def test_trades():
     step_size=float(data['trades_step']),
     steps=20,
   )
-  assert_same_pixels(evaluated, data['eval_pgd20'], 0.995)
+  assert_same_pixels(evaluated.images, data['eval_pgd20'], 0.995)
 
 
 def drawn_parameter(name, shape, seed):

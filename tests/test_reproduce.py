@@ -226,7 +226,8 @@ def test_one_command_runs_what_is_missing(tmp_path):
   ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, options, told):
-  done = call(f'--workdir={tmp_path}/w', TINY, *options, status=2)
+  config = [] if '--config=' in options[0] else [TINY]
+  done = call(f'--workdir={tmp_path}/w', *config, *options, status=2)
   assert told in done.stderr and len(done.stderr.strip().splitlines()) == 1
   assert not (tmp_path / 'w').exists()
 
