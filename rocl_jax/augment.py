@@ -5,6 +5,7 @@ a batch by `jax.vmap`. They compute in float: unlike the published pipeline,
 which works on 8-bit PIL images, they do not round after every operation.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -40,7 +41,8 @@ def views(
     )
     return random_resized_crop(random_flip(image, flip), crop, crop_scale)
 
-  return _each(view, images, key)
+  keys = jax.random.split(key, len(images))
+  return jax.vmap(view)(to_float(images), keys)
 
 
 def crops(
@@ -60,24 +62,43 @@ def crops(
 
   def crop(image, key):
     offset_key, flip_key = jax.random.split(key)
-    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     offset = jax.random.randint(offset_key, (2,), 0, 2 * padding + 1)
-    start = (offset[0], offset[1], 0)
-    image = jax.lax.dynamic_slice(padded, start, image.shape)
+    image = jax.lax.platform_dependent(
+      image,
+      offset - padding,
+      tpu=_shift_by_products,
+      default=functools.partial(_shift, padding=padding),
+    )
     return random_flip(image, flip_key) if flip else image
 
-  return _each(crop, images, key)
+  return to_float(jax.vmap(crop)(images, jax.random.split(key, len(images))))
+
+
+def _shift(image, offset, padding):
+  """The image moved by an offset of at most `padding`, zeros where it was."""
+  padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+  row, column = offset + padding
+  return jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
+
+
+def _shift_by_products(image, offset):
+  """`_shift` by matrices of zeros and ones: a TPU takes slices of different
+  offsets one after the other. Bfloat16 has all of uint8's values."""
+
+  def choice(size, start):
+    places = jnp.arange(size)
+    return (places[:, None] + start == places).astype(jnp.bfloat16)
+
+  rows, columns = map(choice, image.shape[:2], offset)
+  moved = jnp.einsum(
+    'oh,hwc,pw->opc', rows, image.astype(jnp.bfloat16), columns
+  )
+  return moved.astype(image.dtype)
 
 
 def to_float(images: jax.Array) -> jax.Array:
   """uint8 -> float32 in [0, 1]; the network sees nothing else."""
   return images.astype(jnp.float32) / 255
-
-
-def _each(function, images, key):
-  return jax.vmap(function)(
-    to_float(images), jax.random.split(key, len(images))
-  )
 
 
 def random_flip(image: jax.Array, key: jax.Array) -> jax.Array:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rocl_jax.mesh import spread
+
 Flat = dict[str, jax.Array]
 
 
@@ -26,66 +28,132 @@ def kept_count(size: int, keep: float) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def topk_mask(scores: jax.Array, keep: float) -> jax.Array:
-  """1.0 where |score| is among the layer's largest, else 0.0.
+def topk_masks(scores: Flat, keep: float) -> Flat:
+  """1.0 where |score| is among the largest of its layer, else 0.0.
 
   The gradient passes straight through the selection to |score|: it is the
   cotangent times sign(score), for kept and for dropped entries alike
   (HYDRA, `GetSubnet`).
   """
-  return _largest(jnp.abs(scores), keep).astype(scores.dtype)
+  counts = {path: kept_count(s.size, keep) for path, s in scores.items()}
+  # Non-negative floats order as their bit patterns do.
+  bits = {
+    path: lax.bitcast_convert_type(
+      jnp.abs(s).astype(jnp.float32).reshape(-1), jnp.uint32
+    )
+    for path, s in scores.items()
+  }
+  largest = lax.platform_dependent(
+    bits,
+    cpu=lambda bits: _by_counting(bits, bits, counts, digit=1),
+    tpu=lambda bits: _by_counting(
+      bits, jax.tree.map(spread, bits), counts, digit=4
+    ),
+    default=lambda bits: _by_sorting(bits, counts),
+  )
+  return {
+    path: largest[path].reshape(s.shape).astype(s.dtype)
+    for path, s in scores.items()
+  }
 
 
-def _mask_forward(scores, keep):
-  return topk_mask(scores, keep), jnp.sign(scores)
+def _masks_forward(scores, keep):
+  return topk_masks(scores, keep), jax.tree.map(jnp.sign, scores)
 
 
-def _mask_backward(keep, sign, cotangent):
+def _masks_backward(keep, signs, cotangents):
   del keep
-  return (cotangent * sign,)
+  return (jax.tree.map(jnp.multiply, cotangents, signs),)
 
 
-topk_mask.defvjp(_mask_forward, _mask_backward)
+topk_masks.defvjp(_masks_forward, _masks_backward)
 
 
-def topk_masks(scores: Flat, keep: float) -> Flat:
-  """`topk_mask` of each layer of a pytree of scores."""
-  return jax.tree.map(lambda s: topk_mask(s, keep), scores)
+def topk_mask(scores: jax.Array, keep: float) -> jax.Array:
+  """`topk_masks` of one layer."""
+  return topk_masks({'': scores}, keep)['']
 
 
-def _largest(magnitudes: jax.Array, keep: float) -> jax.Array:
-  """Marks the kept_count largest of non-negative float32, without sorting.
+def _by_sorting(bits: Flat, counts: dict[str, int]) -> Flat:
+  """Marks the `counts` largest of each uint32 [N], the earlier of equal ones.
 
-  Non-negative floats order as their bit patterns do, so the threshold is found
-  by bisection over bits, and the place where the ties end by bisection over
-  positions: some fifty counts of the layer, where a sort takes twenty times as
-  long on a CPU.
+  For GPUs, where each pass of `_by_counting` is a kernel or two.
   """
-  flat = magnitudes.astype(jnp.float32).reshape(-1)
-  count = kept_count(flat.size, keep)
-  bits = lax.bitcast_convert_type(flat, jnp.int32)
-  # The largest threshold that at least `count` entries reach.
-  threshold = _bisect(lambda t: (bits >= t).sum() >= count, 31)
-  ties = bits == threshold
-  position = lax.iota(jnp.int32, flat.size)
-  spare = count - (bits > threshold).sum()
-  # The last position up to which the ties before it do not exceed `spare`.
-  end = _bisect(
-    lambda p: (ties & (position < p)).sum() <= spare, flat.size.bit_length()
-  )
-  return ((bits > threshold) | (ties & (position < end))).reshape(
-    magnitudes.shape
-  )
+
+  def mark(bits, count):
+    position = lax.iota(jnp.uint32, bits.size)
+    keys, places = lax.sort((~bits, position), num_keys=1, is_stable=True)
+    return _marked(bits, ~keys[count - 1], places[count - 1] + 1)
+
+  return {path: mark(b, counts[path]) for path, b in bits.items()}
 
 
-def _bisect(holds, bits: int) -> jax.Array:
-  """The largest `bits`-bit integer for which the monotone `holds` is true."""
+def _by_counting(
+  bits: Flat, shares: Flat, counts: dict[str, int], digit: int
+) -> Flat:
+  """`_by_sorting` without sorting, which takes twenty times as long on a CPU.
+
+  First the threshold of each layer is found, digit by digit, then the position
+  where the ties end.
+
+  Args:
+    bits: {path: uint32 [N]}, each below 2**31.
+    shares: the same, as they are to be counted: where each device has a part
+      of them, it counts that part. Zeros may follow.
+    counts: {path: how many to mark}.
+    digit: bits of a digit. One pass over a layer counts for 2**digit - 1
+      candidates.
+  """
+  threshold = _search(
+    lambda path, t: (shares[path] >= t).sum() >= counts[path],
+    dict.fromkeys(bits, 31),
+    digit,
+  )
+  ties = {path: s == threshold[path] for path, s in shares.items()}
+  spare = {
+    path: counts[path] - (s > threshold[path]).sum()
+    for path, s in shares.items()
+  }
+
+  def room(path, end):
+    before = lax.iota(jnp.uint32, ties[path].size) < end
+    return (ties[path] & before).sum() <= spare[path]
+
+  lengths = {path: b.size.bit_length() for path, b in bits.items()}
+  end = _search(room, lengths, digit)
+  return {
+    path: _marked(b, threshold[path], end[path]) for path, b in bits.items()
+  }
+
+
+def _marked(bits, threshold, end):
+  """What is above the threshold, and what equals it before position `end`."""
+  position = lax.iota(jnp.uint32, bits.size)
+  return (bits > threshold) | ((bits == threshold) & (position < end))
+
+
+def _search(
+  holds: Callable[[str, jax.Array], jax.Array],
+  lengths: dict[str, int],
+  digit: int,
+) -> Flat:
+  """The largest integers, of `lengths` bits, for which `holds`, a monotone
+  function of path and integer, is true."""
+  passes = -(-max(lengths.values()) // digit)
 
   def body(i, low):
-    candidate = low | (jnp.int32(1) << (bits - 1 - i))
-    return jnp.where(holds(candidate), candidate, low)
+    shift = jnp.uint32(digit * (passes - 1 - i))
+    found = {
+      path: sum(
+        holds(path, x | jnp.uint32(d) << shift).astype(jnp.uint32)
+        for d in range(1, 2**digit)
+      )
+      for path, x in low.items()
+    }
+    return {path: x | found[path] << shift for path, x in low.items()}
 
-  return lax.fori_loop(0, bits, body, jnp.int32(0))
+  zeros = dict.fromkeys(lengths, jnp.uint32(0))
+  return lax.fori_loop(0, passes, body, zeros)
 
 
 def init_scores(weights: Flat) -> Flat:

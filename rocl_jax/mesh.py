@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Collection, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -99,6 +100,19 @@ def gathered(x: jax.Array) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def spread(x: jax.Array) -> jax.Array:
+  """Inside a training step: gives each device a part of what all have whole.
+
+  Zeros at the end make the length of [N] a multiple of the devices' number.
+  Elsewhere this is nothing.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  padded = jnp.pad(x, (0, -len(x) % mesh.size))
+  return jax.lax.with_sharding_constraint(padded, PartitionSpec('data'))
 
 
 def check_batch(field: str, batch_size: int, devices: int) -> None:

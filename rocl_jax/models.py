@@ -82,7 +82,8 @@ class ConvNorm(nn.Module):
     x = x.astype(self.dtype)
     x = self.conv(x, kernel.astype(self.dtype), self.stride)
     if self.train:
-      y, mean, var = batchnorm.normalise(x, scale, bias)
+      near = running_mean.value
+      y, mean, var = batchnorm.normalise(x, scale, bias, near)
       n = x.size // x.shape[-1]
       running_mean.value, running_var.value = mean, var * (n / max(n - 1, 1))
       return y
@@ -130,14 +131,21 @@ def fold(params: Params, batch_stats: Params, dtype: Any) -> Params:
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-  """ReLU, with the gradient of `nn.relu`, that is computed once.
+  """ReLU, with the gradient of `nn.relu`, that keeps its result alone.
 
-  XLA fuses a maximum into all that reads it, and with it the additions of the
-  blocks before, anew for each reader: fusing an operation with one large
-  operand seems free to it. A selection has two, so its result is kept, and the
-  gradient needs nothing else. A NaN stays one.
+  Which form of the same function is fast depends on the compiler. XLA's CPU
+  backend fuses a maximum into all that reads it, and with it the additions of
+  the blocks before, anew for each reader: fusing an operation with one large
+  operand seems free to it. A selection has two, so its result is kept. GPUs
+  and TPUs fuse a maximum into the convolution before, but XLA rewrites a
+  gradient that asks for `y > 0` to one that asks for `x > 0`, and keeps `x`,
+  too; `y == 0` it leaves alone. A NaN stays one.
   """
-  return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
+  return lax.platform_dependent(
+    x,
+    cpu=lambda x: jnp.where(x <= 0, jnp.zeros((), x.dtype), x),
+    default=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
+  )
 
 
 def _relu_forward(x):
@@ -146,7 +154,22 @@ def _relu_forward(x):
 
 
 def _relu_backward(y, cotangent):
-  return (jnp.where(y > 0, cotangent, jnp.zeros((), cotangent.dtype)),)
+  zero = jnp.zeros((), cotangent.dtype)
+  gradient = lax.platform_dependent(
+    y,
+    cotangent,
+    cpu=lambda y, g: jnp.where(y > 0, g, zero),
+    cuda=_masked_by_product,
+    default=lambda y, g: jnp.where(y == 0, zero, g),
+  )
+  return (gradient,)
+
+
+def _masked_by_product(y, gradient):
+  """The gradient where y > 0, else 0, in the form that cuDNN's convolutions
+  can take in: the factor makes 1 or more of each positive float."""
+  factor = 1 / jnp.finfo(y.dtype).tiny
+  return gradient * jnp.minimum(y * factor, jnp.ones((), y.dtype))
 
 
 relu.defvjp(_relu_forward, _relu_backward)

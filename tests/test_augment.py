@@ -5,6 +5,7 @@ import colorsys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from rocl_jax import augment
@@ -86,7 +87,17 @@ def test_supervised_crops_are_shifts_of_the_padded_image():
 def test_no_augmentation_is_the_image_itself():
   images = RANDOM.integers(0, 256, (4, 6, 6, 3)).astype(np.uint8)
   same = augment.crops(images, jax.random.key(0), padding=0, flip=False)
-  np.testing.assert_array_equal(same, images / np.float32(255))
+  wanted = augment.to_float(jnp.asarray(images))
+  np.testing.assert_array_equal(same, wanted)
+
+
+@pytest.mark.parametrize('padding, flip', [(4, True), (1, False), (0, True)])
+def test_crops_are_the_same_on_every_platform(padding, flip, lower_for):
+  images = RANDOM.integers(0, 256, (64, 9, 7, 3)).astype(np.uint8)
+  key = jax.random.key(0)
+  here = augment.crops(images, key, padding, flip)
+  lower_for('tpu')
+  np.testing.assert_array_equal(augment.crops(images, key, padding, flip), here)
 
 
 def test_views_are_random_valid_and_independent():

@@ -19,9 +19,13 @@ SCORES = {
 }
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
 @pytest.mark.parametrize('keep', [1.0, 0.5, 0.1, 0.01, 0.999])
 @pytest.mark.parametrize('scores', SCORES.values(), ids=SCORES)
-def test_keeps_exactly_k_and_the_first_of_equals(scores, keep):
+def test_keeps_exactly_k_and_the_first_of_equals(
+  scores, keep, platform, lower_for
+):
+  lower_for(platform)
   scores = jnp.asarray(scores, jnp.float32)
   mask = np.asarray(masks.topk_mask(scores, keep)).reshape(-1)
   k = scores.size - int((1 - keep) * scores.size)
