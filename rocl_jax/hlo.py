@@ -5,7 +5,8 @@
 
 XLA's own `cost_analysis` counts the body of a loop once. Here it counts as
 often as it runs, so an attack of ten steps is ten times one of its steps.
-Programs of CPUs and TPUs are read; those of GPUs but for what libraries do.
+Programs of CPUs, TPUs and GPUs are read, with what GPUs leave to cuDNN and
+cuBLAS.
 """
 
 import collections
@@ -238,30 +239,56 @@ def _constant(instruction, scope):
   return int(value) if re.fullmatch(r'-?\d+', value) else None
 
 
+def kernels(program: Program) -> Iterator[Executed]:
+  """What runs as one piece, each fusion as one: on a GPU, what is launched."""
+  for run in executed(program):
+    if not run.fused and run.instruction.opcode not in _FREE:
+      yield run
+
+
 def flops(program: Program) -> int:
   """Multiplications and additions of all convolutions and matrix products.
 
   Only products with real entries count, not those with padding or with the
   zeros between the entries of a dilated operand.
-
-  Raises:
-    ValueError: the program calls a library for some of them, as on GPUs.
   """
-  total = 0
-  for instruction, scope, times, *_ in executed(program):
-    if instruction.opcode == 'convolution':
-      total += times * _convolution_flops(instruction, scope)
-    elif instruction.opcode == 'dot':
-      total += times * _dot_flops(instruction, scope)
-    elif re.search('"__cu(dnn|blas)', instruction.attributes):
-      raise ValueError('the program calls cuDNN or cuBLAS')
-  return total
+  return sum(
+    run.times * flops_of(program, run.instruction, run.scope)
+    for run in kernels(program)
+  )
+
+
+def flops_of(
+  program: Program, instruction: Instruction, scope: dict[str, Instruction]
+) -> int:
+  """Those of one instruction, and of what is fused into it."""
+  if instruction.opcode == 'convolution' or library(instruction) == 'cudnn':
+    return _convolution_flops(instruction, scope)
+  if instruction.opcode == 'dot' or library(instruction) == 'cublas':
+    return _dot_flops(instruction, scope)
+  called = _CALLED.findall(instruction.attributes)
+  return sum(
+    flops_of(program, inner, program.computations[name])
+    for name in called
+    for inner in program.computations[name].values()
+  )
+
+
+def library(instruction: Instruction) -> str:
+  """'cudnn' or 'cublas' if a GPU calls one there for a product, else ''."""
+  found = re.search(
+    r'custom_call_target="__(cudnn)\$conv|custom_call_target="__(cublas)\$',
+    instruction.attributes,
+  )
+  return (found[1] or found[2]) if found else ''
 
 
 def _dot_flops(dot, scope):
   lhs = scope[dot.operands[0]].shapes[0]
-  found = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', dot.attributes)
-  axes = [int(d) for d in found[1].split(',') if d] if found else []
+  found = re.search(
+    r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', dot.attributes
+  )
+  axes = [int(d) for d in re.findall(r'\d+', found[1])] if found else []
   return (
     2 * math.prod(dot.shapes[0].dims) * math.prod(lhs.dims[a] for a in axes)
   )
@@ -270,6 +297,11 @@ def _dot_flops(dot, scope):
 def _convolution_flops(convolution, scope):
   lhs, rhs = (scope[name].shapes[0].dims for name in convolution.operands[:2])
   out = convolution.shapes[0].dims
+  # cuDNN's gradients carry the labels and the window of the forward pass.
+  if '$convBackwardInput' in convolution.attributes:
+    lhs, out = out, lhs
+  elif '$convBackwardFilter' in convolution.attributes:
+    rhs, out = out, rhs
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', convolution.attributes)
   window = re.search(r'window=\{(.*?)\}', convolution.attributes)
   assert labels is not None
@@ -318,25 +350,28 @@ def traffic(program: Program) -> int:
   On TPUs arrays are as large as their tiles make them, and what stays in the
   vector memory is no traffic.
   """
-  total = 0
-  for instruction, scope, times, fused, _ in executed(program):
-    if fused or instruction.opcode in _FREE:
-      continue
-    written = sum(shape.moved for shape in _results(instruction))
-    if instruction.opcode in _SLICES:
-      read = written
-    elif instruction.opcode == 'slice-start':  # from main into vector memory
-      read = sum(shape.stored for shape in _results(instruction))
-    elif instruction.opcode == 'dynamic-update-slice':
-      read = written = scope[instruction.operands[1]].moved
-    else:
-      read = sum(
-        _read(program, instruction, i, scope[name])
-        for i, name in enumerate(instruction.operands)
-        if name in scope
-      )
-    total += times * (read + written)
-  return total
+  return sum(
+    run.times * traffic_of(program, run.instruction, run.scope)
+    for run in kernels(program)
+  )
+
+
+def traffic_of(
+  program: Program, instruction: Instruction, scope: dict[str, Instruction]
+) -> int:
+  """Bytes that one instruction reads and writes."""
+  written = sum(shape.moved for shape in results(instruction))
+  if instruction.opcode in _SLICES:
+    return 2 * written
+  if instruction.opcode == 'slice-start':  # from main into vector memory
+    return written + sum(shape.stored for shape in results(instruction))
+  if instruction.opcode == 'dynamic-update-slice':
+    return 2 * scope[instruction.operands[1]].moved
+  return written + sum(
+    _read(program, instruction, i, scope[name])
+    for i, name in enumerate(instruction.operands)
+    if name in scope
+  )
 
 
 def _read(program, instruction, position, operand):
@@ -366,13 +401,15 @@ _AFTER_OPERANDS = (
 )
 
 
-def _results(instruction):
+def results(instruction):
   """What an instruction makes; the start of a later one names operands too."""
   count = len(instruction.operands)
   if instruction.opcode in _AFTER_OPERANDS:
     return instruction.shapes[count : 2 * count]
   if instruction.opcode == 'copy-start':
     return instruction.shapes[:1]
+  if library(instruction):  # the last one is its workspace
+    return instruction.shapes[:-1] or instruction.shapes
   return instruction.shapes
 
 
@@ -407,5 +444,5 @@ def collectives(
     kind = instruction.opcode.removesuffix('-start')
     if kind in COLLECTIVES and looped >= in_loops:
       counts[kind] += times
-      sizes[kind] += times * sum(x.nbytes for x in _results(instruction))
+      sizes[kind] += times * sum(x.nbytes for x in results(instruction))
   return {kind: Collective(counts[kind], sizes[kind]) for kind in counts}

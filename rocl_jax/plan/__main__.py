@@ -3,9 +3,10 @@ r"""Says what training would take on accelerators that are not there.
   python -m rocl_jax.plan --config=configs/cifar10.py --topology=v5e-256
   python -m rocl_jax.plan --config=configs/cifar10.py --compare=v4-8,v6e-8
 
-Compiles the training step of every stage ahead of time for a TPU slice, on any
-machine: memory, FLOPs, collectives, and from them a lower bound of time. For
-GPUs the same by arithmetic. Images and weights are not needed.
+Compiles the training step of every stage ahead of time for a TPU slice or for
+GPUs, on any machine: memory, FLOPs, bytes, collectives, a lower bound of time,
+an estimate, and the operations that take most of it, with their source lines.
+Images and weights are not needed.
 
 --config=FILE        as for train.py; --config.FIELD=VALUE overrides fields,
                      such as --config.supervised.batch_size=1024
@@ -13,6 +14,8 @@ GPUs the same by arithmetic. Images and weights are not needed.
                      chip, as v2, v3 and v5p do), v6e-8; h100x8, a100x4, l4
 --compare=NAME,...   several side by side
 --stages=NAME,...    these alone; all of the config's if not given
+--diff=COMMIT        the same steps of that commit of this checkout, and beside
+                     them what this code makes of them; no largest batch
 --images=N --image_size=S --classes=K
                      of the training set, where the config's source does not
                      tell without its files
@@ -21,7 +24,8 @@ GPUs the same by arithmetic. Images and weights are not needed.
                      and 0, the default, what a run runs
 --output=FOLDER      writes plan.md and plan.json, too
 
-TPUs need libtpu: pip install -e '.[tpu]'.
+Both compilers: pip install -e '.[plan]'; no TPU, GPU or driver. GPUs without
+theirs are counted by arithmetic.
 """
 
 import os
@@ -52,7 +56,8 @@ def main(_: list[str]) -> None:
   _check_numbers(given)
 
   from rocl_jax.plan import compile as ahead
-  from rocl_jax.plan import output, steps
+  from rocl_jax.plan import diff, output, steps
+  from rocl_jax.progress import say
 
   run, images = steps.read(
     given.config, given.images, given.image_size, given.classes
@@ -62,29 +67,32 @@ def main(_: list[str]) -> None:
     for name in given.stages:
       _check(one_of, '--stages', name, [s.name for s in stages])
     stages = [s for s in stages if s.name in given.stages]
-  for where in slices:
+  for (flag, _), where in zip(names, slices, strict=True):
     for stage in stages:
       steps.check(stage, where.devices)
-  for (flag, _), where in zip(names, slices, strict=True):
-    if where.layout:
-      ahead.check_installed(flag)
+    if gap := ahead.missing(where):
+      if where.layout or given.diff:
+        raise UserError(f'{flag}: {gap}')
+      say(f'{where.name}: by arithmetic. {gap}')
 
   asked = shlex.join(['python', '-m', 'rocl_jax.plan', *sys.argv[1:]])
-  planned, path = [], None
-  for where in slices:
-    with mesh.counting_in([run.model.dtype]):
-      planned.append((where, _plan(where, stages)))
-    text = _text(asked, run.model, images, planned)
-    if given.output:
-      folder = epath.Path(given.output)
-      path = output.write(folder, text, planned, asked, run.config)
+  planned, before, path = [], None, None
+  with mesh.counting_in([run.model.dtype]):
+    if given.diff:
+      before = diff.plan_of(given.diff, slices, [s.name for s in stages])
+    for where in slices:
+      planned.append(_plan(where, stages))
+      text = _text(asked, run.model, images, planned, before)
+      if given.output:
+        folder = epath.Path(given.output)
+        path = output.write(folder, text, planned, asked, run.config, before)
   print('\n'.join(text))
   if path:
     print(f'\nWritten: {path}, and the numbers as JSON beside it')
 
 
-def _text(asked, m, images, planned):
-  from rocl_jax.plan import output
+def _text(asked, m, images, planned, before):
+  from rocl_jax.plan import diff, output
 
   text = ['# Plan', '', f'`{asked}`', '']
   text += [
@@ -94,10 +102,14 @@ def _text(asked, m, images, planned):
     + '.',
     '',
   ]
-  for where, rows in planned:
+  for sheet in planned:
+    where = sheet.where
     text += [f'## {where.name}', '', output.heading(where, m.dtype), '']
-    text += [*output.tables(where, rows), '']
-  if len(planned) > 1:
+    if before:
+      text += [*diff.tables(before, sheet), '']
+    else:
+      text += [*output.tables(sheet, m.dtype), '']
+  if len(planned) > 1 and not before:
     text += ['## Side by side', '', *output.comparison(planned), '']
   return text + output.notes(planned, flags.FLAGS.effort)
 
@@ -107,27 +119,31 @@ def _plan(where, stages):
   from rocl_jax.plan import compile as ahead
   from rocl_jax.progress import say
 
-  devices = ahead.mesh(where) if where.layout else None
+  devices = None if ahead.missing(where) else ahead.mesh(where)
 
   def step(stage, batch, effort):
     if devices is None:
       return arithmetic.step(stage, batch, where.devices)
     say(f'{where.name}/{stage.name}: compiling for a batch of {batch:,}')
-    made = ahead.step(stage, batch, devices, effort)
+    made = ahead.step(stage, batch, where, devices, effort)
     done = made.refused or f'{made.compile_seconds:.0f} s'
     say(f'{where.name}/{stage.name}: {done}')
     return made
 
-  rows = []
+  rows, given = [], flags.FLAGS
   for stage in stages:
     batch, count = stage.settings.batch_size, stage.images.number
-    one, two, largest = step(stage, batch, flags.FLAGS.effort), None, None
+    one, two, largest = step(stage, batch, given.effort), None, None
     other = estimate.second_batch(batch, where.devices, count)
-    if flags.FLAGS.largest_batch and other and not one.refused:
+    wanted = given.largest_batch and not given.diff
+    if wanted and other and not one.refused:
       two = step(stage, other, -1.0)  # its memory is all we want to know
       largest = estimate.largest_batch(one, two, where, count)
     rows.append(output.row(stage, one, two, largest, where))
-  return rows
+  calibration = None
+  if devices is not None and where.chip.clock:
+    calibration = ahead.calibrate(where, devices, given.effort)
+  return output.Sheet(where, rows, calibration)
 
 
 def _check_numbers(given):
@@ -152,6 +168,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('images', 0, 'Training images.')
   flags.DEFINE_integer('image_size', 0, 'Their height and width.')
   flags.DEFINE_integer('classes', 0, 'Their classes.')
+  flags.DEFINE_string('diff', '', 'A commit to set beside this code.')
   flags.DEFINE_bool('largest_batch', True, 'Compile a second batch.')
   flags.DEFINE_float('effort', 0.0, "XLA's effort.")
   command.define_path('output', '', 'Folder of what is written.')

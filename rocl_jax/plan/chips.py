@@ -26,6 +26,7 @@ class Chip(NamedTuple):
     link: GB/s to all other chips together, both directions added.
     devices: how many JAX sees for each chip; all but `link` is shared evenly.
     source: where the numbers are from.
+    clock: GHz in which a TPU's compiler counts; 0 for GPUs.
   """
 
   memory: float
@@ -35,6 +36,7 @@ class Chip(NamedTuple):
   link: float
   devices: int
   source: str
+  clock: float = 0.0
 
   def peak(self, dtype: str) -> float:
     """FLOP/s of each device."""
@@ -57,11 +59,11 @@ class Chip(NamedTuple):
     return 1e9 * self.link / 2 / self.devices
 
 
-def _tpu(memory, bf16, bandwidth, link, devices=1, page=''):
+def _tpu(memory, bf16, bandwidth, link, clock, devices=1, page=''):
   # TPUs multiply bfloat16; XLA makes a float32 product of 'highest' precision,
   # which this project asks for, of six of them.
   source = f'https://cloud.google.com/tpu/docs/{page}'
-  return Chip(memory, bf16, bf16 / 6, bandwidth, link, devices, source)
+  return Chip(memory, bf16, bf16 / 6, bandwidth, link, devices, source, clock)
 
 
 # Memory: what libtpu 0.0.42.1 lets a program have, from its own message when
@@ -69,14 +71,15 @@ def _tpu(memory, bf16, bandwidth, link, devices=1, page=''):
 # v5e, v6e and v5p as the pages have them; v4, six links of 50 GB/s each way
 # (2,400 Gbit/s in earlier versions of its page); v2 and v3, four links of 496
 # and 656 Gbit/s each way (Jouppi et al., A Domain-Specific Supercomputer for
-# Training Deep Neural Networks, CACM 2020).
+# Training Deep Neural Networks, CACM 2020). Clocks: at these the peaks are
+# whole numbers of matrix units (128 by 128; v6e 256 by 256) times two.
 TPUS = {
-  'v2': _tpu(7.48, 46, 700, 496, devices=2, page='v2'),
-  'v3': _tpu(15.48, 123, 900, 656, devices=2, page='v3'),
-  'v4': _tpu(30.75, 275, 1200, 600, page='v4'),
-  'v5e': _tpu(15.75, 197, 819, 400, page='v5e'),
-  'v5p': _tpu(95.74, 459, 2765, 1200, page='v5p'),
-  'v6e': _tpu(31.25, 918, 1638, 800, page='v6e'),
+  'v2': _tpu(7.48, 46, 700, 496, 0.7, devices=2, page='v2'),
+  'v3': _tpu(15.48, 123, 900, 656, 0.94, devices=2, page='v3'),
+  'v4': _tpu(30.75, 275, 1200, 600, 1.05, page='v4'),
+  'v5e': _tpu(15.75, 197, 819, 400, 1.5, page='v5e'),
+  'v5p': _tpu(95.74, 459, 2765, 1200, 1.75, page='v5p'),
+  'v6e': _tpu(31.25, 918, 1638, 800, 1.75, page='v6e'),
 }
 
 

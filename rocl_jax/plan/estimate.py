@@ -5,10 +5,11 @@ program is faster, and real ones take 1.5 to 3 times as long.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rocl_jax.hlo import Collective
 from rocl_jax.plan.chips import Slice
+from rocl_jax.plan.operations import Operation, Total, total
 from rocl_jax.plan.steps import Planned
 
 
@@ -47,6 +48,7 @@ class Step(NamedTuple):
     collectives: by kind.
     in_attack: those inside loops, of which the attack's is the one that could
       have any.
+    operations: that the program executes; none where nothing was compiled.
     refused: why it does not fit, in the compiler's words; '' if it does.
   """
 
@@ -60,7 +62,29 @@ class Step(NamedTuple):
   traffic: float = 0.0
   collectives: dict[str, Collective] = {}
   in_attack: dict[str, Collective] = {}
+  operations: tuple[Operation, ...] = ()
   refused: str = ''
+
+  @property
+  def whole(self) -> Total:
+    """All operations of a step."""
+    return total(self.operations)
+
+  @property
+  def in_loops(self) -> Total:
+    """Those inside loops: the attack's, where XLA makes no others."""
+    return total(o for o in self.operations if o.looped)
+
+  def record(self) -> dict[str, Any]:
+    """As JSON."""
+    plain = self._asdict()
+    plain['memory'] = self.memory._asdict() | {'total': self.memory.total}
+    for field in ('collectives', 'in_attack'):
+      plain[field] = {k: c._asdict() for k, c in plain[field].items()}
+    plain['whole'] = self.whole._asdict()
+    plain['in_loops'] = self.in_loops._asdict()
+    plain['operations'] = [o._asdict() for o in self.operations]
+    return plain
 
 
 class Prediction(NamedTuple):

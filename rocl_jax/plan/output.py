@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 
 from rocl_jax import provenance
 from rocl_jax.files import write_json, write_text
 from rocl_jax.plan.chips import Slice
+from rocl_jax.plan.compile import Calibration
 from rocl_jax.plan.estimate import Prediction, Step, predict
 from rocl_jax.plan.steps import Planned
 
@@ -43,6 +43,20 @@ def row(
   return Row(planned, step, larger, prediction, largest)
 
 
+class Sheet(NamedTuple):
+  """What was planned on a slice.
+
+  Attributes:
+    where: the slice.
+    rows: its stages.
+    calibration: of the compiler's estimates; None for GPUs.
+  """
+
+  where: Slice
+  rows: list[Row]
+  calibration: Calibration | None
+
+
 def heading(where: Slice, dtype: str) -> str:
   """What the slice is and has, as one paragraph."""
   chip = where.chip
@@ -58,8 +72,9 @@ def heading(where: Slice, dtype: str) -> str:
   )
 
 
-def tables(where: Slice, rows: list[Row]) -> list[str]:
+def tables(sheet: Sheet, dtype: str) -> list[str]:
   """The lines of one slice."""
+  where, rows, _ = sheet
   memory, work, times = [], [], []
   for r in rows:
     s, p, name = r.step, r.prediction, r.planned.name
@@ -104,12 +119,17 @@ def tables(where: Slice, rows: list[Row]) -> list[str]:
   hours = sum(r.prediction.hours for r in rows if r.prediction)
   if len(times) > 1:
     times.append(['all', *[''] * 5, _hours(hours)])
-  lines = _table(
+  lines = table(
     ['memory, GiB', 'batch (a chip)', 'arguments', 'temporaries']
     + ['code, outputs', 'total', 'of the chip', 'largest batch', 'compile s'],
     memory,
   )
-  lines += ['', *_table(_WORK, work), '', *_table(_TIMES, times)]
+  lines += ['', *table(_WORK, work), '', *table(_TIMES, times)]
+  compiled = [r for r in rows if r.step.operations]
+  if compiled:
+    lines += ['', *_estimates(sheet, compiled, dtype)]
+  for r in compiled:
+    lines += ['', *_most_expensive(r, where, dtype)]
   return lines
 
 
@@ -117,6 +137,77 @@ _WORK = ['a chip, a step', 'GFLOP compiled', 'by hand', 'GB moved']
 _WORK += ['collectives, MB', 'of them in the attack']
 _TIMES = ['at best', 'arithmetic ms', 'memory ms', 'collectives ms']
 _TIMES += ['step ms', 'images/s', 'hours']
+
+
+def _estimates(sheet: Sheet, rows: list[Row], dtype: str) -> list[str]:
+  chip, found = sheet.where.chip, []
+  for r in rows:
+    whole, looped = r.step.whole, r.step.in_loops
+    found.append(
+      [
+        r.planned.name,
+        f'{1e3 * whole.seconds:,.2f}',
+        f'{1e3 * looped.seconds:,.2f}',
+        _mfu(r.step.flops, whole.seconds, chip.peak(dtype)),
+        f'{whole.nbytes / 1e9:,.3f}',
+        f'{looped.nbytes / 1e9:,.3f}',
+        f'{whole.times:,}',
+        f'{looped.times:,}',
+        f'{whole.relayouts:,}',
+        f'{looped.relayouts:,}',
+      ]
+    )
+  head = [f'estimate {_BY[bool(chip.clock)]}', 'ms', 'in loops', 'MFU', 'GB']
+  head += ['in loops', 'kernels' if not chip.clock else 'operations']
+  head += ['in loops', 'transposes', 'in loops']
+  lines = table(head, found)
+  if c := sheet.calibration:
+    lines += [
+      '',
+      f'Calibration, by the same compiler at {chip.clock:g} GHz: an 8192³ '
+      f'product in bfloat16 gets {c.product:.0%} of the peak, a stream '
+      f'{c.float32:.0%} of the bandwidth in float32 and {c.bfloat16:.0%} in '
+      'bfloat16.',
+    ]
+  return lines
+
+
+# Whether the compiler counts cycles.
+_BY = {True: 'by the compiler', False: 'kernel by kernel'}
+
+
+def _most_expensive(r: Row, where: Slice, dtype: str) -> list[str]:
+  whole, peak = r.step.whole, where.chip.peak(dtype)
+  rows = [
+    [
+      label(o.name, o.looped),
+      o.result.partition(' ')[0],
+      o.source,
+      f'{1e3 * o.seconds:,.3f}',
+      f'{o.seconds / whole.seconds:.1%}',
+      f'{o.times:,}',
+      f'{o.nbytes / 1e9:,.3f}',
+      _mfu(o.flops, o.seconds, peak),
+    ]
+    for o in r.step.operations[:MOST]
+    if o.seconds
+  ]
+  head = [f'{r.planned.name}, most expensive', 'makes', 'source', 'ms']
+  return table([*head, 'share', 'times', 'GB', 'MFU'], rows, left=3)
+
+
+def _mfu(flops: float, seconds: float, peak: float) -> str:
+  """The share of the peak that an estimated time makes of the arithmetic."""
+  return f'{flops / peak / seconds:.2f}' if flops and seconds else ''
+
+
+MOST = 10  # operations that are printed
+
+
+def label(name: str, looped: bool) -> str:
+  """An operation's name, short enough for a table."""
+  short = name.replace('conv_general_dilated', 'conv')
+  return f'loop: {short}' if looped else short
 
 
 def _batch(r: Row, where: Slice) -> str:
@@ -139,10 +230,10 @@ def _kinds(collectives) -> str:
   )
 
 
-def comparison(planned: list[tuple[Slice, list[Row]]]) -> list[str]:
+def comparison(planned: list[Sheet]) -> list[str]:
   """Several slices side by side, a line for each stage of each."""
   rows = []
-  for where, stages in planned:
+  for where, stages, _ in planned:
     for r in stages:
       p = r.prediction
       share = r.step.memory.total / where.chip.memory_bytes
@@ -163,10 +254,10 @@ def comparison(planned: list[tuple[Slice, list[Row]]]) -> list[str]:
       )
   head = ['topology', 'stage', 'batch a chip', 'memory of the chip']
   head += ['largest batch', 'step ms, at best', 'images/s', 'hours']
-  return _table(head, rows, left=2)
+  return table(head, rows, left=2)
 
 
-def _table(head, rows, left=1):
+def table(head, rows, left=1):
   """Markdown whose columns also line up on a terminal."""
   rows = [[*r, *[''] * (len(head) - len(r))] for r in rows]
   widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
@@ -190,9 +281,19 @@ NOTES = (
   'collectives is not in it: with few images a chip it is what counts.'
 )
 COMPILED = (
-  'Compiled ahead of time by libtpu on a machine without TPUs; FLOPs, bytes '
-  'and collectives are read from the program, with loops multiplied out. The '
+  'Compiled ahead of time on a machine without that chip; FLOPs, bytes and '
+  'collectives are read from the program, with loops multiplied out. The '
   'hand count has the products with padding, which XLA leaves out.'
+)
+CYCLES = (
+  'The compiler’s estimate is the sum of its cycles over all operations, '
+  'loops multiplied out; divide by what the calibration says it makes of '
+  'known ones. Nothing was run.'
+)
+KERNELS = (
+  'GPUs: XLA estimates no times. Kernel by kernel the longer one of '
+  'arithmetic and memory at the peaks is summed, without launches; nothing '
+  'was tuned or run. cuDNN’s workspace is not in the memory.'
 )
 QUICK = (
   'Compiled with exec_time_optimization_effort {:g}: the same mathematics '
@@ -205,28 +306,35 @@ LARGER = (
   'batch, which is compiled with the least effort: within about a tenth.'
 )
 COUNTED = (
-  'GPUs: nothing was compiled. State and training set are exact; activations '
-  'and traffic are counted for perfect fusion, without cuDNN’s workspace: '
-  'compiled programs had up to 1.9 times the temporaries (docs/plan).'
+  'GPUs: counted by arithmetic, nothing was compiled. State and training set '
+  'are exact; activations and traffic are counted for perfect fusion, without '
+  'cuDNN’s workspace: compiled programs had up to 1.9 times the temporaries '
+  '(docs/plan).'
 )
 
 
-def notes(planned: list[tuple[Slice, list[Row]]], effort: float) -> list[str]:
+def notes(planned: list[Sheet], effort: float) -> list[str]:
+  compiled = [s for s in planned if any(r.step.compile_seconds for r in s.rows)]
+  of_tpus = [s for s in compiled if s.where.layout]
   lines = [NOTES]
-  if any(where.layout for where, _ in planned):
+  if compiled:
     lines.append(COMPILED)
-    if any(r.larger for _, rows in planned for r in rows):
-      lines.append(LARGER)
-    if effort:
-      lines.append(QUICK.format(effort))
-  if not all(where.layout for where, _ in planned):
+  if of_tpus:
+    lines.append(CYCLES)
+  if len(of_tpus) < len(compiled):
+    lines.append(KERNELS)
+  if any(r.larger for s in compiled for r in s.rows):
+    lines.append(LARGER)
+  if effort and of_tpus:
+    lines.append(QUICK.format(effort))
+  if len(compiled) < len(planned):
     lines.append(COUNTED)
   return [line for note in lines for line in (note, '')][:-1]
 
 
 def versions() -> dict[str, str]:
   """What the numbers depend on."""
-  names = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
+  names = ('jax', 'jaxlib', 'libtpu', 'jax-cuda13-plugin', 'flax', 'optax')
   found = {name: provenance.version_of(name) for name in names}
   return {name: version for name, version in found.items() if version}
 
@@ -234,9 +342,10 @@ def versions() -> dict[str, str]:
 def write(
   folder: epath.Path,
   text: list[str],
-  planned: list[tuple[Slice, list[Row]]],
+  planned: list[Sheet],
   asked: str,
   config: dict[str, Any],
+  before: dict[str, Any] | None,
 ) -> epath.Path:
   """Writes plan.md and plan.json; returns the first."""
   folder.mkdir(parents=True, exist_ok=True)
@@ -253,10 +362,12 @@ def write(
           'chips': where.chips,
           'devices': where.devices,
           'chip': where.chip._asdict(),
+          'calibration': calibration and calibration._asdict(),
           'stages': [_record(r) for r in rows],
         }
-        for where, rows in planned
+        for where, rows, calibration in planned
       ],
+      'before': before,
     },
   )
   path = folder / 'plan.md'
@@ -269,16 +380,8 @@ def _record(r: Row) -> dict[str, Any]:
     'stage': r.planned.name,
     'images': r.planned.images._asdict(),
     'epochs': r.planned.settings.total_epochs,
-    'step': _step(r.step),
-    'larger': _step(r.larger) if r.larger else None,
+    'step': r.step.record(),
+    'larger': r.larger._replace(operations=()).record() if r.larger else None,
     'prediction': r.prediction._asdict() if r.prediction else None,
     'largest_batch': r.largest,
   }
-
-
-def _step(step: Step) -> dict[str, Any]:
-  plain = jax.tree.map(lambda x: x, step._asdict())
-  plain['memory'] = step.memory._asdict() | {'total': step.memory.total}
-  for field in ('collectives', 'in_attack'):
-    plain[field] = {k: c._asdict() for k, c in plain[field].items()}
-  return plain
