@@ -7,6 +7,8 @@ import sys
 from rocl_jax.errors import one_line
 
 _USER_ERROR = 2
+# Where JAX looks for GPUs: plain Linux, containers, Windows' subsystem.
+_NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')
 
 
 def prepare() -> None:
@@ -18,6 +20,10 @@ def prepare() -> None:
     return
   # Pictures go to files; a notebook's backend may not be there.
   os.environ['MPLBACKEND'] = 'agg'
+  # Without a GPU, JAX's plugin for them is there to compile, see `plan`. That
+  # NVIDIA's libraries are missing is no fault then, nor worth a stack trace.
+  if not any(map(os.path.exists, _NVIDIA)):
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
   try:
     importlib.import_module('jax')
   except Exception as e:  # whatever JAX makes of a variable's value

@@ -24,8 +24,8 @@ Images and weights are not needed.
                      and 0, the default, what a run runs
 --output=FOLDER      writes plan.md and plan.json, too
 
-Both compilers: pip install -e '.[plan]'; no TPU, GPU or driver. GPUs without
-theirs are counted by arithmetic.
+The compilers need neither chip nor driver: pip install -e '.[tpu]' for TPUs,
+'.[cuda-compiler]' or '.[cuda]' for GPUs, which are counted by arithmetic else.
 """
 
 import os
@@ -111,7 +111,7 @@ def _text(asked, m, images, planned, before):
       text += [*output.tables(sheet, m.dtype), '']
   if len(planned) > 1 and not before:
     text += ['## Side by side', '', *output.comparison(planned), '']
-  return text + output.notes(planned, flags.FLAGS.effort)
+  return text + output.notes(planned, flags.FLAGS.effort, not before)
 
 
 def _plan(where, stages):

@@ -1,9 +1,9 @@
-"""What a step takes on GPUs, counted: nothing is compiled for them.
+"""What a step takes on GPUs, counted, where their compiler is not installed.
 
-XLA's programs for GPUs can't be made without one. FLOPs are those that the
-mathematics needs. State and training set are exact. Activations are counted
-for the network of `models.ResNet`: what each layer keeps for the gradient, and
-what passes through memory if XLA fuses all that it can.
+FLOPs are those that the mathematics needs. State and training set are exact.
+Activations are counted for the network of `models.ResNet`: what each layer
+keeps for the gradient, and what passes through memory if XLA fuses all that it
+can.
 """
 
 import math

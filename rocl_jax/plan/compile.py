@@ -29,15 +29,17 @@ _EFFORT = 'exec_time_optimization_effort'
 def missing(where: Slice) -> str:
   """What to install to compile for a slice; '' if it is there."""
   if where.layout:
-    found = importlib.util.find_spec('libtpu')
+    module, extra = 'libtpu', 'tpu'
     compiler = 'TPU programs are compiled by libtpu'
   else:
-    found = importlib.util.find_spec(
-      'jax_plugins'
-    ) and importlib.util.find_spec('jax_plugins.xla_cuda13')
+    module, extra = 'jax_plugins.xla_cuda13', 'cuda-compiler'
     compiler = 'GPU programs are compiled by jax-cuda13-plugin'
-  install = "pip install -e '.[plan]'"
-  return '' if found else f'{compiler}, which is not installed: {install}'
+  try:
+    if importlib.util.find_spec(module):
+      return ''
+  except ModuleNotFoundError:  # nor the package that it would be in
+    pass
+  return f"{compiler}, which is not installed: pip install -e '.[{extra}]'"
 
 
 def mesh(where: Slice) -> Mesh:

@@ -122,8 +122,8 @@ def tables(before: dict[str, Any], sheet: Sheet) -> list[str]:
   head = ['stage', 'a chip, a step', commit, 'now', 'ratio']
   lines = table(head, rows, left=2)
   if changed:
-    head = ['stage', 'changed most', f'{commit}, ms', 'now, ms', 'more']
-    lines += ['', *table([*head, 'source'], changed, left=2)]
+    head = ['stage', 'changed most', 'source', f'{commit}, ms', 'now, ms']
+    lines += ['', *table([*head, 'more'], changed, left=3)]
   return lines
 
 
@@ -138,7 +138,7 @@ def _quantities(one, two):
     'kernels': (lambda s: s['whole']['times'], ',d'),
     'of them in loops': (lambda s: s['in_loops']['times'], ',d'),
     'GB': (lambda s: s['traffic'] / 1e9, '.3f'),
-    'of them in loops ': (lambda s: s['in_loops']['nbytes'] / 1e9, '.3f'),
+    'of it, in loops': (lambda s: s['in_loops']['nbytes'] / 1e9, '.3f'),
     'transposes in loops': (lambda s: s['in_loops']['relayouts'], ',d'),
     'GFLOP': (lambda s: s['flops'] / 1e9, ',.1f'),
     'memory, GiB': (lambda s: s['memory']['total'] / 2**30, '.3f'),
@@ -171,4 +171,4 @@ def _changes(one, two):
     a, b = times[key]
     if a != b:
       more = f'{b - a:+.3f}'
-      yield [label(*key), f'{a:.3f}', f'{b:.3f}', more, sources[key]]
+      yield [label(*key), sources[key], f'{a:.3f}', f'{b:.3f}', more]

@@ -313,10 +313,10 @@ COUNTED = (
 )
 
 
-def notes(planned: list[Sheet], effort: float) -> list[str]:
+def notes(planned: list[Sheet], effort: float, roofline: bool) -> list[str]:
   compiled = [s for s in planned if any(r.step.compile_seconds for r in s.rows)]
   of_tpus = [s for s in compiled if s.where.layout]
-  lines = [NOTES]
+  lines = [NOTES] if roofline else []
   if compiled:
     lines.append(COMPILED)
   if of_tpus:
