@@ -43,6 +43,7 @@ _LONG = (
   'mirror',
   'benchmark',
   'autoattack_reference',
+  'plan',
 )
 
 

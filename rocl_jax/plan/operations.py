@@ -90,9 +90,14 @@ def read(text: str, chip: Chip, dtype: str) -> tuple[Operation, ...]:
       seconds = int(cycles[1]) / (1e9 * chip.clock) if cycles else 0.0
     else:
       seconds = max(flops / chip.peak(dtype), nbytes / chip.bytes_per_second)
-    frame = re.search(r'stack_frame_id=(\d+)', made.attributes)
+    parts = [
+      made,
+      *reversed([part for part, _ in _parts(program, made, scope)]),
+    ]
+    told = next((p for p in parts if 'op_name=' in p.attributes), made)
+    frame = re.search(r'stack_frame_id=(\d+)', told.attributes)
     what = (
-      _name(made),
+      _name(told) or made.opcode,
       _kind(program, made),
       ' '.join(map(_shape, hlo.results(made)[:3])),
       source(int(frame[1])) if frame else '',
@@ -119,7 +124,7 @@ def _shape(shape):
 def _name(instruction):
   found = re.search(r'op_name="([^"]*)"', instruction.attributes)
   if not found:
-    return instruction.opcode
+    return ''
   *path, primitive = found[1].split('/')
   scopes = [part for part in path if not _WRAPPING.match(part)]
   backward = ['backward'] if 'transpose(' in found[1] else []

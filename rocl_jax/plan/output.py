@@ -250,10 +250,12 @@ def comparison(planned: list[Sheet]) -> list[str]:
             else ('', '')
           ),
           _hours(p.hours) if p else '',
+          f'{1e3 * r.step.whole.seconds:,.2f}' if r.step.operations else '',
         ]
       )
   head = ['topology', 'stage', 'batch a chip', 'memory of the chip']
   head += ['largest batch', 'step ms, at best', 'images/s', 'hours']
+  head.append('estimate ms')
   return table(head, rows, left=2)
 
 
