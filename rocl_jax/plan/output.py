@@ -294,8 +294,8 @@ CYCLES = (
 )
 KERNELS = (
   'GPUs: XLA estimates no times. Kernel by kernel the longer one of '
-  'arithmetic and memory at the peaks is summed, without launches; nothing '
-  'was tuned or run. cuDNN’s workspace is not in the memory.'
+  'arithmetic and memory at the peaks is summed, without launches and links; '
+  'nothing was tuned or run. cuDNN’s workspace is not in the memory.'
 )
 QUICK = (
   'Compiled with exec_time_optimization_effort {:g}: the same mathematics '
