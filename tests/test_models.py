@@ -122,7 +122,7 @@ def test_relu_is_the_same_to_the_bit_on_every_platform(
   np.testing.assert_array_equal(found, gradient)
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
 @pytest.mark.parametrize('shape', [(8, 6, 6, 5), (3, 5, 7, 2)])
 def test_batchnorm_has_the_gradient_that_autodiff_finds(
   shape, platform, lower_for
