@@ -63,7 +63,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.model = ConfigDict()
   c.model.name = 'resnet18'
   c.model.width = 64
-  c.model.dtype = 'float32'  # or bfloat16
+  c.model.dtype = 'float32'  # or bfloat16; on GPUs tf32, too
   c.model.remat = False  # less memory for more time
 
   c.pretrain = ConfigDict()

@@ -46,7 +46,7 @@ def get_config(argument: str = 'paper') -> ConfigDict:
   c.split = 'test'  # or validation
 
   # Empty fields: as the model was trained.
-  c.dtype = ''  # or float32, bfloat16
+  c.dtype = ''  # as trained; or float32, bfloat16, tf32
   c.data = ConfigDict()
   c.data.source = ''
   c.data.dir = ''

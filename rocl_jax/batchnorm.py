@@ -49,15 +49,29 @@ def _two_passes(x, near):
 
 
 def _one_pass(x, near):
+  n = x.size // x.shape[-1]
   x = x - near
-  mean, square = x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))
-  return near + mean, jnp.maximum(square - jnp.square(mean), 0)
+  total, squares = _column_sums(x, jnp.square(x))
+  mean = total / n
+  return near + mean, jnp.maximum(squares / n - jnp.square(mean), 0)
 
 
-def _column_sum(x):
+def _column_sums(a, b):
+  """The sums of two arrays [N, H, W, C] over all but C."""
   return lax.platform_dependent(
-    x, cpu=_neighbours_first, default=lambda x: x.sum((0, 1, 2))
+    a,
+    b,
+    cpu=lambda a, b: (_neighbours_first(a), _neighbours_first(b)),
+    cuda=_sums_together,
+    default=lambda a, b: (a.sum((0, 1, 2)), b.sum((0, 1, 2))),
   )
+
+
+def _sums_together(a, b):
+  """In one kernel, which XLA would not always make of two sums."""
+  zero = jnp.zeros((), a.dtype)
+  add = lambda x, y: (x[0] + y[0], x[1] + y[1])
+  return lax.reduce((a, b), (zero, zero), add, (0, 1, 2))
 
 
 def _neighbours_first(x):
@@ -83,8 +97,7 @@ def _backward(residuals, cotangents):
   dy = cotangents[0].astype(var.dtype)
   inverse = lax.rsqrt(var + EPSILON)
   normal = (x.astype(var.dtype) - mean) * inverse
-  d_bias = _column_sum(dy)
-  d_scale = _column_sum(dy * normal)
+  d_bias, d_scale = _column_sums(dy, dy * normal)
   dx = scale * inverse * (dy - (d_bias + normal * d_scale) / n)
   return dx.astype(x.dtype), d_scale, d_bias.astype(bias.dtype), None
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
+from rocl_jax import gpu
 from rocl_jax.files import cache_folder
 
 # XLA's default fusion of convolutions on the CPU uses one thread for some
 # shapes; without it attack steps are about a quarter faster.
-_CPU_OPTIONS = {'xla_cpu_experimental_ynn_fusion_type': ''}
+_CPU_OPTIONS: dict[str, Any] = {'xla_cpu_experimental_ynn_fusion_type': ''}
 
 
 def jit(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
@@ -22,17 +23,20 @@ def jit(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
   A jitted function inside another can't have options of its own: use it for
   programs that are dispatched from the host, and nowhere else.
   """
-  return jax.jit(function, compiler_options=_options(), **keywords)
+  return jax.jit(function, compiler_options=options() or None, **keywords)
 
 
 @functools.cache
-def _options() -> dict[str, Any] | None:
+def options() -> dict[str, Any]:
+  """What XLA is asked for on this machine's devices."""
+  if jax.default_backend() == 'gpu':
+    return gpu.options()
   if jax.default_backend() != 'cpu':
-    return None
+    return {}
   try:  # an option that this jaxlib does not know is an error
     jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS)()
   except jax.errors.JaxRuntimeError:
-    return None
+    return {}
   return _CPU_OPTIONS
 
 

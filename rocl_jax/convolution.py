@@ -28,7 +28,10 @@ _FEW = 8  # channels, a vector register of the CPU
 
 
 def plain_conv(
-  images: jax.Array, kernel: jax.Array, stride: int = 1
+  images: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> jax.Array:
   """`conv` with the gradients that XLA makes of it on every device."""
   pad = kernel.shape[0] // 2
@@ -38,12 +41,17 @@ def plain_conv(
     window_strides=(stride, stride),
     padding=((pad, pad), (pad, pad)),
     dimension_numbers=_LAYOUT,
-    precision=lax.Precision.HIGHEST,
+    precision=precision,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv(
+  images: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  precision: lax.Precision = lax.Precision.HIGHEST,
+) -> jax.Array:
   """Convolves with symmetric padding k // 2, as PyTorch does.
 
   `SAME` would pad a stride-2 convolution by (0, 1) and shift the result.
@@ -52,19 +60,20 @@ def conv(images: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     images: [N, H, W, C_in].
     kernel: [k, k, C_in, C_out], k odd.
     stride: step in both directions.
+    precision: of the products. HIGHEST computes float32 as float32 on every
+      device; with DEFAULT, GPUs round the factors to TensorFloat-32.
 
   Returns:
-    [N, ceil(H / stride), ceil(W / stride), C_out]. Float32 is computed as
-    float32 on every device: accelerators would otherwise round the factors.
+    [N, ceil(H / stride), ceil(W / stride), C_out].
   """
-  return plain_conv(images, kernel, stride)
+  return plain_conv(images, kernel, stride, precision)
 
 
-def _conv_forward(images, kernel, stride):
-  return plain_conv(images, kernel, stride), (images, kernel)
+def _conv_forward(images, kernel, stride, precision):
+  return plain_conv(images, kernel, stride, precision), (images, kernel)
 
 
-def _conv_backward(stride, residuals, cotangent):
+def _conv_backward(stride, precision, residuals, cotangent):
   return lax.platform_dependent(
     *residuals,
     cotangent,
@@ -72,9 +81,10 @@ def _conv_backward(stride, residuals, cotangent):
       _input_gradient(g, w, flip(w), stride, x.shape),
       _kernel_gradient(x, g, w, stride),
     ),
-    default=lambda x, w, g: jax.vjp(
-      lambda x, w: plain_conv(x, w, stride), x, w
-    )[1](g),
+    default=lambda x, w, g: (
+      _native_gradient(g, w, stride, x.shape, precision),
+      _native_kernel_gradient(x, g, w, stride, precision),
+    ),
   )
 
 
@@ -90,8 +100,17 @@ def _kernel_gradient(images, cotangent, kernel, stride):
       cotangent.reshape(-1, cotangent.shape[-1]),
       precision=lax.Precision.HIGHEST,
     ).reshape(kernel.shape)
+  highest = lax.Precision.HIGHEST
+  return _native_kernel_gradient(images, cotangent, kernel, stride, highest)
+
+
+def _native_kernel_gradient(images, cotangent, kernel, stride, precision):
+  """As XLA makes it, but that a 1x1 kernel is given what it reads alone, or
+  GPUs copy almost all of the images to leave out a row and a column."""
+  if kernel.shape[0] == 1:
+    images, stride = images[:, ::stride, ::stride], 1
   transpose = jax.linear_transpose(
-    lambda w: plain_conv(images, w, stride), kernel
+    lambda w: plain_conv(images, w, stride, precision), kernel
   )
   (gradient,) = transpose(cotangent)
   return gradient
@@ -102,20 +121,21 @@ def flip(kernel: jax.Array) -> jax.Array:
   return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
-def _frozen(images, kernel, stride, transformed):
+def _frozen(images, kernel, stride, transformed, precision):
   """`plain_conv`, but for the first layer and the wide ones on CPUs."""
+  plain = lambda x, w, *_: plain_conv(x, w, stride, precision)
   if stride == 1 and images.shape[-1] < _FEW:
     return lax.platform_dependent(
-      images, kernel, cpu=_from_few_channels, default=plain_conv
+      images, kernel, cpu=_from_few_channels, default=plain
     )
   if stride > 1 or transformed is None:
-    return plain_conv(images, kernel, stride)
+    return plain(images, kernel)
   return lax.platform_dependent(
     images,
     kernel,
     transformed,
     cpu=lambda x, _, t: winograd.convolve(x, t),
-    default=lambda x, w, _: plain_conv(x, w),
+    default=plain,
   )
 
 
@@ -143,13 +163,14 @@ def _from_few_channels(images, kernel):
   ).reshape(n, height, width, outputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
 def frozen_conv(
   images: jax.Array,
   kernel: jax.Array,
   flipped: jax.Array,
   stride: int,
   transformed: tuple[jax.Array | None, jax.Array | None] = (None, None),
+  precision: lax.Precision = lax.Precision.HIGHEST,
 ) -> jax.Array:
   """`conv` with a constant kernel: only the images get a gradient.
 
@@ -159,17 +180,18 @@ def frozen_conv(
     flipped: `flip(kernel)`, computed outside the loop that calls this.
     stride: 1 or 2.
     transformed: `winograd.transform` of both, computed there as well.
+    precision: as `conv`'s.
   """
   del flipped
-  return _frozen(images, kernel, stride, transformed[0])
+  return _frozen(images, kernel, stride, transformed[0], precision)
 
 
-def _forward(images, kernel, flipped, stride, transformed):
-  y = _frozen(images, kernel, stride, transformed[0])
+def _forward(images, kernel, flipped, stride, transformed, precision):
+  y = _frozen(images, kernel, stride, transformed[0], precision)
   return y, (kernel, flipped, transformed[1], images.shape)
 
 
-def _backward(stride, residuals, cotangent):
+def _backward(stride, precision, residuals, cotangent):
   kernel, flipped, transformed, shape = residuals
 
   def on_cpu(g, k, f, t):
@@ -183,15 +205,15 @@ def _backward(stride, residuals, cotangent):
     flipped,
     transformed,
     cpu=on_cpu,
-    default=lambda g, k, *_: _native_gradient(g, k, stride, shape),
+    default=lambda g, k, *_: _native_gradient(g, k, stride, shape, precision),
   )
   return gradient, None, None, None
 
 
-def _native_gradient(cotangent, kernel, stride, shape):
+def _native_gradient(cotangent, kernel, stride, shape, precision):
   images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
   transpose = jax.linear_transpose(
-    lambda x: plain_conv(x, kernel, stride), images
+    lambda x: plain_conv(x, kernel, stride, precision), images
   )
   (gradient,) = transpose(cotangent)
   return gradient

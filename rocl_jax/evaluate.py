@@ -33,6 +33,7 @@ from rocl_jax import command, data, evaluation
 from rocl_jax.data.records import CIFAR10_CLASSES
 from rocl_jax.errors import RunFailed, UserError, shown
 from rocl_jax.files import exists, is_remote, places
+from rocl_jax.models import DTYPES
 from rocl_jax.settings import FieldError, Place, one_of, parse, within
 
 CORRUPTIONS = 'cifar10c'
@@ -95,7 +96,8 @@ class Settings:
   Attributes:
     seed: of the attacks' starts.
     split: 'test' or 'validation'.
-    dtype: of the networks' arithmetic; '' for what they were trained in.
+    dtype: of the networks' arithmetic, see `models.Settings`; '' for what they
+      were trained in.
     data: where the images are, if not where the model was trained.
     eval: the suite.
     audit: the checks.
@@ -113,7 +115,7 @@ class Settings:
   def __post_init__(self):
     within('seed', self.seed, 0, 2**32 - 1)
     one_of('split', self.split, ('test', 'validation'))
-    one_of('dtype', self.dtype, ('', 'float32', 'bfloat16'))
+    one_of('dtype', self.dtype, ('', *DTYPES))
     transfer = self.transfer
     if transfer.matrix and self.data.source == CORRUPTIONS:
       raise FieldError('transfer.matrix', True, f'False with {CORRUPTIONS}')

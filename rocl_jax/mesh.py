@@ -48,17 +48,24 @@ def check_devices() -> None:
 
 
 @contextlib.contextmanager
-def counting_in(dtypes: Collection[str]) -> Iterator[None]:
+def counting_in(dtypes: Collection[str], platform: str = '') -> Iterator[None]:
   """Within, JAX's 64-bit mode is off unless the networks count so.
 
   A network of float32 is the same with JAX_ENABLE_X64 and without.
 
   Args:
     dtypes: of the networks, see `models.Settings`.
+    platform: of the devices, if not JAX's own.
 
   Raises:
-    UserError: some count in 64 bits, and some do not.
+    UserError: some count in 64 bits and some do not, or in TensorFloat-32 and
+      not on a GPU.
   """
+  if 'tf32' in dtypes and (platform or jax.default_backend()) != 'gpu':
+    raise UserError(
+      'config.model.dtype: found tf32, which GPUs alone have; wanted float32 '
+      'or bfloat16 here (to evaluate, --config.dtype)'
+    )
   if not jax.config.values['jax_enable_x64']:
     yield
     return

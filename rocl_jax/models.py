@@ -99,6 +99,7 @@ class FrozenConvNorm(nn.Module):
   size: int = 3
   stride: int = 1
   dtype: Any = jnp.float32
+  precision: lax.Precision = lax.Precision.HIGHEST
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,6 +110,7 @@ class FrozenConvNorm(nn.Module):
       params['flipped'],
       self.stride,
       params['transformed'],
+      self.precision,
     )
     return y + params['bias']
 
@@ -260,6 +262,9 @@ ARCHITECTURES: dict[str, tuple[int, ...]] = {
 }
 
 
+DTYPES = ('float32', 'bfloat16', 'tf32')
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
   """The `model` section.
@@ -268,9 +273,11 @@ class Settings:
     name: one of ARCHITECTURES.
     width: channels of the stem: 64 for the paper's ResNet-18, 16 for the
       usual ResNet-20 and ResNet-8.
-    dtype: 'float32' or 'bfloat16', the type of the encoder's arithmetic.
-      Parameters, BatchNorm statistics, head, projector and all outputs stay
-      float32. With JAX_ENABLE_X64 'float64' is for everything.
+    dtype: 'float32', 'bfloat16' or 'tf32', the type of the encoder's
+      arithmetic. 'tf32', for GPUs alone, is float32 whose convolutions round
+      their factors to TensorFloat-32, ten bits after the first. Parameters,
+      BatchNorm statistics, head, projector and all outputs stay float32. With
+      JAX_ENABLE_X64 'float64' is for everything.
     remat: whether gradients compute what is inside a block anew, instead of
       keeping it: less memory, more time.
   """
@@ -283,8 +290,13 @@ class Settings:
   def __post_init__(self):
     one_of('name', self.name, ARCHITECTURES)
     wide = ('float64',) if jax.config.values['jax_enable_x64'] else ()
-    one_of('dtype', self.dtype, ('float32', 'bfloat16', *wide))
+    one_of('dtype', self.dtype, (*DTYPES, *wide))
     within('width', self.width, 1, 4096)
+
+  @property
+  def arrays(self) -> Any:
+    """The type of the encoder's arrays."""
+    return jnp.dtype('float32' if self.dtype == 'tf32' else self.dtype)
 
 
 def build(
@@ -294,13 +306,16 @@ def build(
 ) -> Model:
   """Builds the network with a head of `num_classes` outputs.
 
-  `conv` is the convolution of `predict` and `train`: (images, kernel, stride)
-  -> images, such as `convolution.conv` or `plain_conv`.
+  `conv` is the convolution of `predict` and `train`: (images, kernel, stride,
+  precision) -> images, such as `convolution.conv` or `plain_conv`.
   """
   blocks = ARCHITECTURES[settings.name]
   resnet = functools.partial(ResNet, blocks, settings.width)
   features = settings.width * 2 ** (len(blocks) - 1)
-  compute = jnp.dtype(settings.dtype)
+  compute = settings.arrays
+  highest = lax.Precision.HIGHEST
+  precision = lax.Precision.DEFAULT if settings.dtype == 'tf32' else highest
+  conv = functools.partial(conv, precision=precision)
   head = Linear(num_classes)
   projector = Projector()
 
@@ -309,7 +324,9 @@ def build(
       functools.partial(ConvNorm, train=train, dtype=compute, conv=conv)
     )
 
-  frozen_encoder = resnet(functools.partial(FrozenConvNorm, dtype=compute))
+  frozen_encoder = resnet(
+    functools.partial(FrozenConvNorm, dtype=compute, precision=precision)
+  )
   keep_blocks = lambda function: function
   if settings.remat:
     policy = jax.checkpoint_policies.save_only_these_names(_BLOCK)

@@ -50,6 +50,8 @@ def versions() -> dict[str, str]:
   found['processes'] = str(jax.process_count())
   if jax.default_backend() == 'cpu':
     found |= {'cpu': compiled.cpu_kind(), 'threads': str(_cores())}
+  elif jax.default_backend() == 'gpu':
+    found |= {name: str(v) for name, v in compiled.options().items()}
   found |= {name: str(getattr(jax.config, name, None)) for name in _SETTINGS}
   return found | _variables()
 

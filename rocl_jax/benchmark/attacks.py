@@ -130,7 +130,7 @@ def _row(cell: Cell, program: Compiled, seconds: list[float], peak: float):
 
 def _peaks(cell):
   """A large matrix product and a large convolution: what the device can do."""
-  dtype = jnp.dtype(cell.model.dtype)
+  dtype = cell.model.arrays
   on_cpu = jax.default_backend() == 'cpu'
   n, batch, channels, size = (
     (2048, 32, 256, 16) if on_cpu else (8192, 256, 512, 32)

@@ -129,7 +129,7 @@ class Settings:
     if not self.dtype:
       raise FieldError('dtype', self.dtype, 'at least one')
     for dtype in self.dtype:
-      one_of('dtype', dtype, ('float32', 'bfloat16'))
+      one_of('dtype', dtype, models.DTYPES)
 
 
 def _numbers(field, values, low):

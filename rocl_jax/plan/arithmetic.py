@@ -9,7 +9,6 @@ can.
 import math
 
 import jax
-import jax.numpy as jnp
 
 from rocl_jax import optim
 from rocl_jax.benchmark import work
@@ -40,7 +39,7 @@ def step(planned: steps.Planned, batch_size: int, devices: int) -> Step:
   data = images.number * (3 * images.size**2 + 4)
   count = work.forward(model, images.size, images.classes)
   passes = work.passes(planned.name, settings, count)
-  results = jnp.dtype(model.dtype).itemsize * sum(
+  results = model.arrays.itemsize * sum(
     size**2 * outputs
     for size, _, _, outputs in work.convolutions(model, images.size)
   )
