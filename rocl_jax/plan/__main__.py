@@ -77,15 +77,16 @@ def main(_: list[str]) -> None:
 
   asked = shlex.join(['python', '-m', 'rocl_jax.plan', *sys.argv[1:]])
   planned, before, path = [], None, None
-  with mesh.counting_in([run.model.dtype]):
-    if given.diff:
-      before = diff.plan_of(given.diff, slices, [s.name for s in stages])
-    for where in slices:
+  if given.diff:
+    before = diff.plan_of(given.diff, slices, [s.name for s in stages])
+  for where in slices:
+    platform = 'tpu' if where.layout else 'gpu'
+    with mesh.counting_in([run.model.dtype], platform):
       planned.append(_plan(where, stages))
-      text = _text(asked, run.model, images, planned, before)
-      if given.output:
-        folder = epath.Path(given.output)
-        path = output.write(folder, text, planned, asked, run.config, before)
+    text = _text(asked, run.model, images, planned, before)
+    if given.output:
+      folder = epath.Path(given.output)
+      path = output.write(folder, text, planned, asked, run.config, before)
   print('\n'.join(text))
   if path:
     print(f'\nWritten: {path}, and the numbers as JSON beside it')

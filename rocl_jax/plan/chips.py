@@ -39,8 +39,8 @@ class Chip(NamedTuple):
   clock: float = 0.0
 
   def peak(self, dtype: str) -> float:
-    """FLOP/s of each device."""
-    peak = self.bf16 if dtype == 'bfloat16' else self.f32
+    """FLOP/s of each device; 'tf32' is of GPUs alone."""
+    peak = {'bfloat16': self.bf16, 'tf32': self.bf16 / 2}.get(dtype, self.f32)
     return 1e12 * peak / self.devices
 
   @property

@@ -90,11 +90,7 @@ def read(text: str, chip: Chip, dtype: str) -> tuple[Operation, ...]:
       seconds = int(cycles[1]) / (1e9 * chip.clock) if cycles else 0.0
     else:
       seconds = max(flops / chip.peak(dtype), nbytes / chip.bytes_per_second)
-    parts = [
-      made,
-      *reversed([part for part, _ in _parts(program, made, scope)]),
-    ]
-    told = next((p for p in parts if 'op_name=' in p.attributes), made)
+    told = _telling(program, made, scope)
     frame = re.search(r'stack_frame_id=(\d+)', told.attributes)
     what = (
       _name(told) or made.opcode,
@@ -117,6 +113,14 @@ _WRAPPING = re.compile(
 )
 
 
+def _telling(program, instruction, scope):
+  """What names an operation: the product in it, else itself, else a part."""
+  parts = [part for part, _ in _parts(program, instruction, scope)]
+  products = [p for p in parts if p.opcode in ('convolution', 'dot')]
+  named = [*products, instruction, *reversed(parts)]
+  return next((p for p in named if 'op_name=' in p.attributes), instruction)
+
+
 def _shape(shape):
   return f'{shape.dtype}[{",".join(map(str, shape.dims))}]'
 
@@ -131,8 +135,8 @@ def _name(instruction):
   return ' '.join([*scopes[-2:], primitive, *backward])
 
 
-# What names a fusion: the first of these that is in it.
-_TELLING = 'convolution dot sort scatter gather reduce-window reduce'.split()
+# What a fusion is of: the first of these that is in it.
+_KINDS = 'convolution dot sort scatter gather reduce-window reduce'.split()
 
 
 def _kind(program, instruction):
@@ -142,7 +146,7 @@ def _kind(program, instruction):
   if instruction.opcode != 'fusion':
     return instruction.opcode
   opcodes = {i.opcode for i, _ in _parts(program, instruction, {})}
-  return next((f'fused {x}' for x in _TELLING if x in opcodes), 'fused')
+  return next((f'fused {x}' for x in _KINDS if x in opcodes), 'fused')
 
 
 def _relayout(program, instruction, scope):
