@@ -291,7 +291,7 @@ StackFrames
   %p2 = bf16[5,3,3,4]{3,2,1,0} parameter(1)
   ROOT %c = bf16[8,3,3,5]{3,2,1,0} convolution(%p1, %p2), \
 window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_o01i->b01f, \
-convolution_kind=fprop
+convolution_kind=fprop, metadata={op_name="jit(step)/stage1/conv"}
 }
 
 %body (s: (s32[], bf16[8,6,6,4])) -> (s32[], bf16[8,6,6,4]) {
@@ -324,7 +324,7 @@ custom_call_target="__cudnn$convBackwardInput", metadata={op_name=\
   %w = (bf16[5,3,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%x.1, %g), \
 window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_o01i->b01f, \
 custom_call_target="__cudnn$convBackwardFilter"
-  %n = bf16[8,3,3,5]{3,2,1,0} fusion(%x.1, %k), kind=kCustom, calls=%fprop, \\
+  %n = bf16[8,3,3,5]{3,2,1,0} fusion(%x.1, %k), kind=kCustom, calls=%fprop, \
 metadata={op_name="jit(step)/max"}
   %m = (bf16[7,11]{1,0}, s8[99]{0}) custom-call(%l, %l2), \
 custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
