@@ -288,9 +288,9 @@ COMPILED = (
   'hand count has the products with padding, which XLA leaves out.'
 )
 CYCLES = (
-  'The compiler’s estimate is the sum of its cycles over all operations, '
-  'loops multiplied out; divide by what the calibration says it makes of '
-  'known ones. Nothing was run.'
+  'The compiler’s estimate is the sum of its cycles over all operations, loops '
+  'multiplied out: pessimistic for what the calibration gives less of the peak '
+  'or of the bandwidth than chips reach. Nothing was run.'
 )
 KERNELS = (
   'GPUs: XLA estimates no times. Kernel by kernel the longer one of '
