@@ -1,6 +1,6 @@
 """The config of the benchmark, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ml_collections import ConfigDict
 
@@ -129,7 +129,8 @@ class Settings:
     if not self.dtype:
       raise FieldError('dtype', self.dtype, 'at least one')
     for dtype in self.dtype:
-      one_of('dtype', dtype, ('float32', 'bfloat16'))
+      one_of('dtype', dtype, ('float32', 'tf32', 'bfloat16'))
+      replace(self.recipe.model, dtype=dtype)  # which may refuse it here
 
 
 def _numbers(field, values, low):
