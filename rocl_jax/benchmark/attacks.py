@@ -76,7 +76,8 @@ def build(
 
 def _measure_cell(cell, settings, peers, say):
   say(cell.name)
-  bench = programs.bench(cell)
+  # One device: so are the peaks, and PyTorch.
+  bench = programs.bench(cell, jax.devices()[:1])
   ours = build(bench, settings, say)
   peak_jobs, peak_work = _peaks(cell)
   jobs = {name: program.job for name, program in ours.items()} | peak_jobs

@@ -42,28 +42,16 @@ class Job(NamedTuple):
 
 
 def interleave(
-  jobs: Mapping[str, Job],
-  rounds: int,
-  progress: Callable[[str], None],
-  rows: bool | None = None,
+  jobs: Mapping[str, Job], rounds: int, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
-  """Seconds of a call of each job in each round, after a warm-up.
-
-  Args:
-    jobs: by name.
-    rounds: turns of each.
-    progress: is given what is being done.
-    rows: whether a turn is a row of calls; None where the device is no CPU.
-  """
-  if rows is None:
-    rows = in_rows()
+  """Seconds of a call of each job in each round, after a warm-up."""
   progress(f'warming up {len(jobs)} jobs')
-  calls = {name: _warm_up(job, rows) for name, job in jobs.items()}
+  calls = {name: _warm_up(job) for name, job in jobs.items()}
   seconds: dict[str, list[float]] = {name: [] for name in jobs}
   for number in range(rounds):
     progress(f'round {number + 1} of {rounds}')
     for name, job in jobs.items():
-      if not rows:
+      if not in_rows():
         time.sleep(SETTLE)
       seconds[name].append(_seconds(job, calls[name]))
   return seconds
@@ -74,9 +62,9 @@ def in_rows() -> bool:
   return jax.default_backend() != 'cpu'
 
 
-def _warm_up(job, rows):
+def _warm_up(job):
   """Returns how many calls a turn takes."""
-  if not rows:
+  if not in_rows():
     job.run()
     return 1
   # What is compiled when it first runs may record graphs in the call after.
