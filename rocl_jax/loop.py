@@ -120,10 +120,6 @@ def make_step(
         cuda=lambda tree: jnp.linalg.norm(_entries(tree)),
         default=optax.tree.norm,
       )
-      values = values | {'loss': loss, 'grad_norm': norm}
-      trained = state.trained._replace(
-        trainable=trainable, batch_stats=batch_stats
-      )
       sound = lax.platform_dependent(
         (loss, norm, trainable, batch_stats),
         cuda=lambda tree: jnp.isfinite(_entries(tree)).all(),
@@ -131,18 +127,23 @@ def make_step(
           [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
         ).all(),
       )
+    trained = state.trained._replace(
+      trainable=trainable, batch_stats=batch_stats
+    )
+    with jax.named_scope('update'):
       trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old),
         (trained, opt_state),
         (state.trained, state.opt_state),
       )
-      first = index == 0
-      sums = {
-        k: jnp.where(first, 0, state.sums.get(k, 0)) + jnp.where(sound, v, 0)
-        for k, v in values.items()
-      }
-      skipped = jnp.where(first, False, state.skips.epoch).at[index].set(~sound)
-      skips = Skips(skipped, jnp.where(sound, 0, state.skips.in_row + 1))
+    values = values | {'loss': loss, 'grad_norm': norm}
+    first = index == 0
+    sums = {
+      k: jnp.where(first, 0, state.sums.get(k, 0)) + jnp.where(sound, v, 0)
+      for k, v in values.items()
+    }
+    skipped = jnp.where(first, False, state.skips.epoch).at[index].set(~sound)
+    skips = Skips(skipped, jnp.where(sound, 0, state.skips.in_row + 1))
     new = TrainState(
       step=state.step + 1,
       trained=trained,

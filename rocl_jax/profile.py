@@ -68,6 +68,8 @@ def traced(
     program = step.lower(state, *arguments).compile().as_text()
     offset = int(state.step) - calls  # when the steps before have ended
     if processes.is_first():
+      # JAX would know at the end, and then never begin another.
+      directory.mkdir(parents=True, exist_ok=True)
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # it would slow the loop down
       trace.enter_context(
