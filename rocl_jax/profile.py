@@ -2,11 +2,14 @@
 
 The parts are named where they are computed, by `jax.named_scope`: SCOPES. The
 trace is that of `jax.profiler`, in `profile/plugins/profile/<time>/`: XProf and
-TensorBoard open `profile/`, ui.perfetto.dev opens `perfetto_trace.json.gz`. Of
-several processes the first writes one; its first device is in the table.
+TensorBoard open `profile/`, ui.perfetto.dev opens `perfetto_trace.json.gz`, in
+which operations have their part before their name. Of several processes the
+first writes one; its first device is in the table.
 """
 
 import contextlib
+import gzip
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -73,9 +76,7 @@ def traced(
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # it would slow the loop down
       trace.enter_context(
-        jax.profiler.trace(
-          str(directory), create_perfetto_trace=True, profiler_options=options
-        )
+        jax.profiler.trace(str(directory), profiler_options=options)
       )
       text = program
 
@@ -87,7 +88,11 @@ def traced(
     with _warned(label):
       jax.block_until_ready(seen)
       trace.close()
-      spent, steps = costs(directory, text), calls - _WARM
+      folder = max(directory.glob('plugins/profile/*'), key=str)
+      scopes, steps = scopes_of(text), calls - _WARM
+      module = text.split(maxsplit=2)[1].rstrip(',')  # HloModule jit_step, ...
+      spent = costs(folder, scopes, module)
+      _for_perfetto(folder, scopes, module)
       if not spent.keys() - {UNNAMED, OTHER, IDLE}:
         warn(
           'the kept program is of an earlier version, and has no scopes; '
@@ -115,15 +120,16 @@ def _warned(label):
     warn(f'{label}: no profile: {one_line(e)}')
 
 
-def costs(directory: epath.Path, text: str) -> dict[str, float]:
-  """Nanoseconds of a device by scope, of the newest trace in a folder.
+def costs(
+  folder: epath.Path, scopes: dict[str, str], module: str
+) -> dict[str, float]:
+  """Nanoseconds of a device by scope.
 
   Args:
-    directory: of the trace.
-    text: the compiled step's, which says the scope of each instruction.
+    folder: of one trace.
+    scopes: of the step's instructions.
+    module: the step's name; all else is OTHER.
   """
-  scopes, module = scopes_of(text), text.split(maxsplit=2)[1].rstrip(',')
-  path = max(directory.glob('plugins/profile/*/*.xplane.pb'), key=str)
 
   def scope(event, stats):
     if stats.get('hlo_module', module) != module:
@@ -132,10 +138,26 @@ def costs(directory: epath.Path, text: str) -> dict[str, float]:
     # TPU: the instruction's line.
     return scopes.get(name.removeprefix('%').partition(' ')[0], UNNAMED)
 
+  (path,) = folder.glob('*.xplane.pb')
   return self_times(
     (event.start_ns, end, scope(event, stats))
     for event, end, stats in _operations(path)
   )
+
+
+def _for_perfetto(folder, scopes, module):
+  """Writes the trace as Perfetto reads it, with the scopes."""
+  (path,) = folder.glob('*.trace.json.gz')
+  with gzip.open(path) as file:
+    trace = json.load(file)
+  for event in trace['traceEvents']:
+    args = event.get('args', {})
+    scope = scopes.get(args.get('hlo_op', event.get('name')))
+    if scope and args.get('hlo_module', module) == module:
+      event['name'] = f'{scope}: {event["name"]}'
+  del trace['metadata']  # Perfetto refuses it
+  with gzip.open(folder / 'perfetto_trace.json.gz', 'wt') as file:
+    json.dump(trace, file)
 
 
 def scopes_of(text: str) -> dict[str, str]:

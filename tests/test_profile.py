@@ -52,6 +52,8 @@ def test_a_trace_names_the_parts_of_a_step_and_changes_nothing(
     events = json.load(file)['traceEvents']
   steps = [e['args'] for e in events if e.get('name') == 'supervised']
   assert sorted(int(args['step_num']) for args in steps) == [2, 3]
+  for scope in ('views', 'attack/gradient/forward', 'learn/backward'):
+    assert any(e.get('name', '').startswith(f'{scope}: ') for e in events)
 
   printed = capfd.readouterr().err
   assert 'supervised: 2 of 2 steps traced' in printed
@@ -239,16 +241,15 @@ PLANES = {
 @pytest.mark.parametrize('kind', PLANES)
 def test_the_operations_of_a_trace(kind, tmp_path, monkeypatch):
   """Stand-ins, with lines and statistics as XLA names them."""
-  folder = epath.Path(tmp_path) / 'plugins' / 'profile' / 'now'
-  folder.mkdir(parents=True)
-  (folder / 'host.xplane.pb').write_text('')
+  (tmp_path / 'host.xplane.pb').write_text('')
   monkeypatch.setattr(
     jax.profiler.ProfileData,
     'from_file',
     lambda path: SimpleNamespace(planes=PLANES[kind]),
   )
   rest = profile.UNNAMED if kind == 'tpu' else profile.OTHER
-  spent = profile.costs(epath.Path(tmp_path), TEXT)
+  scopes = profile.scopes_of(TEXT)
+  spent = profile.costs(epath.Path(tmp_path), scopes, 'jit_step')
   assert {name: ns for name, ns in spent.items() if ns} == {
     **{'attack': 6, 'update': 2, rest: 1}
   }
