@@ -53,6 +53,7 @@ def get_config(argument: str = '') -> ConfigDict:
   c.save_steps = 200
   c.max_skipped = 10  # updates in a row that may not be finite
   c.tensorboard = False
+  c.profile = 0  # training steps of each stage to trace
 
   c.data = ConfigDict()
   c.data.source = 'tfds'  # or binary, python, folder, digits

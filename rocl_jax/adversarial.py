@@ -54,9 +54,10 @@ def make_loss(
 
   def loss(params: Tree, batch_stats: Tree, batch: Batch, key: jax.Array):
     view_key, attack_key = jax.random.split(key)
-    images = augment.crops(
-      batch.images, view_key, settings.crop_padding, settings.flip
-    )
+    with jax.named_scope('views'):
+      images = augment.crops(
+        batch.images, view_key, settings.crop_padding, settings.flip
+      )
     variables = {'params': params, 'batch_stats': batch_stats}
     values, passes, metrics = objective(
       model, variables, images, batch.labels, attack_key, settings
@@ -68,11 +69,12 @@ def make_loss(
 
 
 def _trades(model, variables, images, labels, key, settings):
-  frozen = model.prepare(variables)
-  clean = frozen(images)  # once: it is constant while the attack runs
-  found = settings.attack.attack(
-    lambda x: losses.kl_divergence(clean, frozen(x)), images, key
-  )
+  with jax.named_scope('attack'):
+    frozen = model.prepare(variables)
+    clean = frozen(images)  # once: it is constant while the attack runs
+    found = settings.attack.attack(
+      lambda x: losses.kl_divergence(clean, frozen(x)), images, key
+    )
   logits, other, moments, other_moments = _train(
     model, variables, images, found.images
   )
@@ -86,10 +88,11 @@ def _trades(model, variables, images, labels, key, settings):
 
 
 def _ce_pgd(model, variables, images, labels, key, settings):
-  frozen = model.prepare(variables)
-  found = settings.attack.attack(
-    lambda x: losses.cross_entropy(frozen(x), labels), images, key
-  )
+  with jax.named_scope('attack'):
+    frozen = model.prepare(variables)
+    found = settings.attack.attack(
+      lambda x: losses.cross_entropy(frozen(x), labels), images, key
+    )
   logits, other, moments, other_moments = _train(
     model, variables, images, found.images
   )

@@ -61,7 +61,7 @@ def conv(
     kernel: [k, k, C_in, C_out], k odd.
     stride: step in both directions.
     precision: of the products. HIGHEST computes float32 as float32 on every
-      device; with DEFAULT, GPUs round the factors to TensorFloat-32.
+      device; with HIGH, GPUs round the factors to TensorFloat-32.
 
   Returns:
     [N, ceil(H / stride), ceil(W / stride), C_out].

@@ -24,7 +24,7 @@ from rocl_jax.training import Training
 # Fields that a baseline shares with the main run.
 _SHARED = (
   *('name', 'data', 'eval', 'save_steps', 'max_skipped', 'tensorboard'),
-  *('baselines', 'compare'),
+  *('profile', 'baselines', 'compare'),
 )
 
 
@@ -93,6 +93,7 @@ class Experiment:
     max_skipped: steps in a row whose loss or gradient may be other than finite
       before the run stops; each is left out, and recorded.
     tensorboard: whether to write scalars for it.
+    profile: steps of each stage to trace.
   """
 
   runs: tuple[Run, ...]
@@ -101,6 +102,7 @@ class Experiment:
   save_steps: int
   max_skipped: int
   tensorboard: bool
+  profile: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +121,13 @@ class _TopLevel:
   save_steps: int
   max_skipped: int
   tensorboard: bool
+  profile: int = 0
 
   def __post_init__(self):
     within('seed', self.seed, 0, 2**32 - 1)
     at_least('save_steps', self.save_steps, 1)
     at_least('max_skipped', self.max_skipped, 0)
+    at_least('profile', self.profile, 0)
     for stage in self.stages:
       one_of('stages', stage, STAGES)
     for name in self.compare:
@@ -171,6 +175,7 @@ def parse_experiment(config: ConfigDict) -> Experiment:
     save_steps=top.save_steps,
     max_skipped=top.max_skipped,
     tensorboard=top.tensorboard,
+    profile=top.profile,
   )
 
 

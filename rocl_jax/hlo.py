@@ -176,6 +176,15 @@ _CALLED = re.compile(
 )
 
 
+def called(instruction: Instruction) -> list[str]:
+  """The computations that an instruction runs: a loop's, a fusion's."""
+  names = _CALLED.findall(instruction.attributes)
+  branches = re.search(r'branch_computations=\{(.*?)\}', instruction.attributes)
+  if branches:
+    names += re.findall(r'%?([\w.-]+)', branches[1])
+  return names
+
+
 _TRANSPARENT = ('while', 'call', 'conditional', 'async-start')
 
 
@@ -186,14 +195,8 @@ def _walk(program, computation, times, fused, looped):
     inner, is_loop = times, instruction.opcode == 'while'
     if is_loop:
       inner = times * trip_count(program, instruction, scope)
-    branches = re.search(
-      r'branch_computations=\{(.*?)\}', instruction.attributes
-    )
-    called = _CALLED.findall(instruction.attributes)
-    if branches:
-      called += re.findall(r'%?([\w.-]+)', branches[1])
     inside = fused or instruction.opcode not in _TRANSPARENT
-    for name in called:
+    for name in called(instruction):
       yield from _walk(program, name, inner, inside, looped or is_loop)
 
 

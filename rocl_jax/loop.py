@@ -22,6 +22,7 @@ from rocl_jax import (
   metrics,
   optim,
   processes,
+  profile,
   results,
   stream,
 )
@@ -93,45 +94,49 @@ def make_step(
     # `gathered` and `spread` ask for it.
     known = lambda: jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     # Once a step: the attack reuses them, and so do all parts of the batch.
-    with known():
+    with known(), jax.named_scope('weights'):
       params, to_trainable = jax.vjp(
         lambda trainable: stage.weights(trainable, frozen), trainable
       )
 
     def part(rows, key):
-      batch = Batch(*(split(x, mesh) for x in data.rows(rows)))
+      with jax.named_scope('views'):
+        batch = Batch(*(split(x, mesh) for x in data.rows(rows)))
       objective = lambda params: stage.loss(params, batch_stats, batch, key)
-      with known():
+      with known(), jax.named_scope('learn'):
         return jax.value_and_grad(objective, has_aux=True)(params)
 
     (loss, (batch_stats, values)), grads = _mean_over_parts(
       part, data.numbers(order[index]), key, microbatch
     )
     (grads,) = to_trainable(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-    trainable = optax.apply_updates(trainable, updates)
+    with jax.named_scope('update'):
+      updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+      trainable = optax.apply_updates(trainable, updates)
 
-    norm = lax.platform_dependent(
-      grads,
-      cuda=lambda tree: jnp.linalg.norm(_entries(tree)),
-      default=optax.tree.norm,
-    )
-    values = values | {'loss': loss, 'grad_norm': norm}
+    with jax.named_scope('checks'):
+      norm = lax.platform_dependent(
+        grads,
+        cuda=lambda tree: jnp.linalg.norm(_entries(tree)),
+        default=optax.tree.norm,
+      )
+      sound = lax.platform_dependent(
+        (loss, norm, trainable, batch_stats),
+        cuda=lambda tree: jnp.isfinite(_entries(tree)).all(),
+        default=lambda tree: jnp.stack(
+          [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+        ).all(),
+      )
     trained = state.trained._replace(
       trainable=trainable, batch_stats=batch_stats
     )
-    sound = lax.platform_dependent(
-      (loss, norm, trainable, batch_stats),
-      cuda=lambda tree: jnp.isfinite(_entries(tree)).all(),
-      default=lambda tree: jnp.stack(
-        [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
-      ).all(),
-    )
-    trained, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(sound, new, old),
-      (trained, opt_state),
-      (state.trained, state.opt_state),
-    )
+    with jax.named_scope('update'):
+      trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old),
+        (trained, opt_state),
+        (state.trained, state.opt_state),
+      )
+    values = values | {'loss': loss, 'grad_norm': norm}
     first = index == 0
     sums = {
       k: jnp.where(first, 0, state.sums.get(k, 0)) + jnp.where(sound, v, 0)
@@ -250,6 +255,7 @@ class StageRun:
     max_skipped: steps in a row whose loss or gradient may be other than finite.
     tensorboard: whether to write scalars for it, too.
     resident: whether the training set lies on the devices, or is streamed.
+    profile: steps to trace, see `profile`.
   """
 
   name: str
@@ -267,6 +273,7 @@ class StageRun:
   max_skipped: int
   tensorboard: bool
   resident: bool = True
+  profile: int = 0
 
 
 def state_form(run: StageRun) -> TrainState:
@@ -322,6 +329,7 @@ def run_stage(run: StageRun) -> Variables:
     out_shardings=everywhere,
   )
   step = make_step(run.stage, optimizer, run.mesh, run.settings.microbatch)
+  step = jax.named_scope(run.name)(step)
   train_step = compiled.jit(step, donate_argnums=0, out_shardings=everywhere)
   finish = jax.jit(
     lambda state: run.stage.finish(state.trained), out_shardings=everywhere
@@ -331,7 +339,12 @@ def run_stage(run: StageRun) -> Variables:
   first = first_state(run.stage, optimizer, step, (data, order, step_key))
   # Jitted, so that the state owns its arrays: the step donates them.
   state = jax.jit(first, out_shardings=everywhere)(run.upstream, start_key)
-  with checkpoint.States(run.directory / 'checkpoints') as states:
+  with (
+    checkpoint.States(run.directory / 'checkpoints') as states,
+    profile.traced(
+      train_step, run.profile, run.directory / 'profile', run.label
+    ) as train_step,
+  ):
     state, rows = states.restore(like=state) or (state, [])
     done = int(state.step)
     if done > total:

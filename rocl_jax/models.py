@@ -314,7 +314,7 @@ def build(
   features = settings.width * 2 ** (len(blocks) - 1)
   compute = settings.arrays
   highest = lax.Precision.HIGHEST
-  precision = lax.Precision.DEFAULT if settings.dtype == 'tf32' else highest
+  precision = lax.Precision.HIGH if settings.dtype == 'tf32' else highest
   conv = functools.partial(conv, precision=precision)
   head = Linear(num_classes)
   projector = Projector()

@@ -5,6 +5,7 @@
   WORKDIR/<k>_<stage>/model/            what it hands on; evaluation reads it
   WORKDIR/<k>_<stage>/best_validation/, best_test/     models of other epochs
   WORKDIR/<k>_<stage>/metrics.jsonl     a row an epoch
+  WORKDIR/<k>_<stage>/profile/          traces of training steps, if asked for
   WORKDIR/<k>_<stage>/examples.json     a few images, before and after attack
   WORKDIR/<baseline>/<k>_<stage>/       the same for each baseline
   WORKDIR/results.json                  accuracies of all models
@@ -141,6 +142,7 @@ class Chain:
     save_steps: steps between saves.
     max_skipped: steps in a row whose loss or gradient may not be finite.
     tensorboard: whether to write scalars for it.
+    profile: steps of each stage to trace.
     resident: whether the devices hold the training set.
   """
 
@@ -156,6 +158,7 @@ class Chain:
   save_steps: int
   max_skipped: int
   tensorboard: bool
+  profile: int
   resident: bool
 
   @property
@@ -244,6 +247,7 @@ def _chains(
         save_steps=experiment.save_steps,
         max_skipped=experiment.max_skipped,
         tensorboard=experiment.tensorboard,
+        profile=experiment.profile,
         resident=experiment.data.resident,
       )
     )
@@ -455,6 +459,7 @@ def _stage_run(
     save_steps=chain.save_steps,
     max_skipped=chain.max_skipped,
     tensorboard=chain.tensorboard,
+    profile=chain.profile,
     resident=chain.resident,
   )
 

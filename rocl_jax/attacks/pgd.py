@@ -130,9 +130,11 @@ def ascend(
     return arguments.values(objective(x), x).sum()
 
   def step(_, carry):
-    gradient, stuck = usable(jax.grad(total)(carry.images))
-    x = carry.images + step_size * ball.steepest(gradient)
-    return Ascent(inside(x).astype(first.dtype), carry.stuck + stuck)
+    with jax.named_scope('gradient'):
+      gradient, stuck = usable(jax.grad(total)(carry.images))
+    with jax.named_scope('move'):
+      x = carry.images + step_size * ball.steepest(gradient)
+      return Ascent(inside(x).astype(first.dtype), carry.stuck + stuck)
 
   first = jnp.where(steps == 0, inside(first), first)
   stuck = jnp.zeros(len(images), jnp.int32)

@@ -16,9 +16,15 @@ startup    from process start to first step, without and with the cache
 --config=FILE    what to measure: configs/benchmark.py if not given;
                  --config.FIELD=VALUE overrides, --config.width=16,64
 --out=FOLDER     where NAME.json, NAME.md and NAME.png go: runs/benchmark
+--json           prints what is in NAME.json instead, and nothing else
+
+On a GPU or TPU a time is that of a call in a row that keeps the queue full, and
+PyTorch is on the same GPU, in the same precision.
 """
 
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -48,12 +54,14 @@ def main(arguments: list[str]) -> None:
   if peers or section == 'autoattack':
     _check_peers(section)
 
+  # PyTorch on the same GPU, or a process that is started, needs memory, too.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   import jax
 
   if section in SIMULATED:
     jax.config.update('jax_platforms', 'cpu')
   from rocl_jax import mesh
-  from rocl_jax.benchmark import output
+  from rocl_jax.benchmark import autotuning, output
   from rocl_jax.benchmark.settings import parse_settings
   from rocl_jax.progress import say
 
@@ -61,13 +69,23 @@ def main(arguments: list[str]) -> None:
   if section in SIMULATED:
     jax.config.update('jax_num_cpu_devices', max(settings.scaling.devices))
   mesh.check_devices()
-  # Compile times are compile times.
-  jax.config.update('jax_enable_compilation_cache', False)
+  if peers or section == 'autoattack':
+    from rocl_jax.benchmark import torch_networks
+
+    torch_networks.device()
+  tuned = autotuning.keep()
   folder = epath.Path(flags.FLAGS.out)
-  with mesh.counting_in(settings.dtype):
+  # Some peers print.
+  with (
+    mesh.counting_in(settings.dtype),
+    contextlib.redirect_stdout(sys.stderr),
+  ):
     measured = _measure(section, settings, peers, say)
   asked = ' '.join(sys.argv[1:])
-  path = output.write(folder, section, measured, asked)
+  path = output.write(folder, section, measured, asked, tuned)
+  if flags.FLAGS.json:
+    print(path.with_suffix('.json').read_text(), end='')
+    return
   print(path.read_text())
   print(f'Written: {shown(path)}, and the numbers as JSON beside it')
 
@@ -117,6 +135,7 @@ def _check_peers(section):
 if __name__ == '__main__':
   command.define_config()
   flags.DEFINE_bool('peers', False, 'Measure others, too.')
+  flags.DEFINE_bool('json', False, 'Print JSON.')
   command.define_path('out', 'runs/benchmark', 'Folder of what is written.')
   command.run(
     main,

@@ -1,5 +1,6 @@
 """Speed of attacks and training steps, beside each other and beside others'."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,13 @@ from rocl_jax.training import Training
 Record = dict[str, Any]
 
 PEAKS = ('peak: matrix product', 'peak: convolution')
+# Of products, by the dtype of a network: the precision that JAX is asked for,
+# and what that is.
+PRECISION = {
+  'float32': (lax.Precision.HIGHEST, 'float32, IEEE products'),
+  'tf32': (lax.Precision.HIGH, 'float32, TF32 products'),
+  'bfloat16': (lax.Precision.DEFAULT, 'bfloat16 in the encoder'),
+}
 
 
 def measure(
@@ -68,25 +76,31 @@ def build(
 
 def _measure_cell(cell, settings, peers, say):
   say(cell.name)
-  bench = programs.bench(cell)
+  # One device: so are the peaks, and PyTorch.
+  bench = programs.bench(cell, jax.devices()[:1])
   ours = build(bench, settings, say)
   peak_jobs, peak_work = _peaks(cell)
-  jobs = {name: program.run for name, program in ours.items()} | peak_jobs
+  jobs = {name: program.job for name, program in ours.items()} | peak_jobs
+  precision = {'ours': PRECISION[cell.model.dtype][1]}
   against = {programs.NAIVE: programs.PGD}
   unfair = {
     programs.NAIVE: 'even: the same attack, bit for bit the same numbers or '
     'signs of gradients within rounding of zero.'
   }
   if peers:
-    others, peer_against, peer_unfair = _peer_jobs(bench, settings)
-    jobs, against = jobs | others, against | peer_against
-    unfair |= peer_unfair
+    others, precision['peers'] = _peers(bench, settings)
+    jobs |= {name: peer.job for name, peer in others.items()}
+    against |= {name: peer.against for name, peer in others.items()}
+    unfair |= {name: peer.unfair for name, peer in others.items()}
   seconds = timing.interleave(jobs, settings.rounds, say)
 
   peak = max(peak_work[name] / min(seconds[name]) for name in peak_jobs)
   return {
     'cell': cell._asdict() | {'model': vars(cell.model)},
     'rounds': settings.rounds,
+    'calls_in_a_row': timing.in_rows(),
+    'precision': precision,
+    'device_peak_bytes': _device_peak(),
     'peak_flops_per_second': {
       name: peak_work[name] / min(seconds[name]) for name in peak_jobs
     },
@@ -128,9 +142,18 @@ def _row(cell: Cell, program: Compiled, seconds: list[float], peak: float):
   return row
 
 
+def _device_peak() -> int | None:
+  """Bytes that JAX has held at most on a device, where that is counted."""
+  counts = [device.memory_stats() for device in jax.local_devices()]
+  found = [c['peak_bytes_in_use'] for c in counts if c]
+  return max(found, default=None)
+
+
 def _peaks(cell):
-  """A large matrix product and a large convolution: what the device can do."""
+  """A large matrix product and a large convolution: what the device can do in
+  the cell's precision."""
   dtype = cell.model.arrays
+  precision, _ = PRECISION[cell.model.dtype]
   on_cpu = jax.default_backend() == 'cpu'
   n, batch, channels, size = (
     (2048, 32, 256, 16) if on_cpu else (8192, 256, 512, 32)
@@ -140,13 +163,19 @@ def _peaks(cell):
   factors = draw(n, n), draw(n, n)
   operands = draw(batch, size, size, channels), draw(3, 3, channels, channels)
   convolve = lambda x, w: lax.conv_general_dilated(
-    x, w, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    x,
+    w,
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    precision=precision,
   )
-  product = compiled.jit(jnp.matmul)
+  multiply = functools.partial(jnp.matmul, precision=precision)
+  product = compiled.jit(multiply)
   convolution = compiled.jit(convolve)
   jobs = {
-    PEAKS[0]: lambda: product(*factors).block_until_ready(),
-    PEAKS[1]: lambda: convolution(*operands).block_until_ready(),
+    PEAKS[0]: timing.Job(lambda: product(*factors)),
+    PEAKS[1]: timing.Job(lambda: convolution(*operands)),
   }
   inner = sum(1 for o in range(size) for t in range(3) if 0 <= o + t - 1 < size)
   flops = {
@@ -156,13 +185,14 @@ def _peaks(cell):
   return jobs, flops
 
 
-def _peer_jobs(bench, settings):
-  """Jobs of all peers, what of ours each stands against, and how unfairly."""
-  from rocl_jax.benchmark import peers
+def _peers(bench, settings):
+  """All peers, and their precision."""
+  from rocl_jax.benchmark import peers, torch_networks
 
   recipe, cell = settings.recipe, bench.cell
   keywords = recipe.supervised.attack.keywords
   problem = peers.Problem(
+    device=torch_networks.device(),
     settings=cell.model,
     num_classes=cell.num_classes,
     variables=jax.device_get(bench.variables),
@@ -177,7 +207,8 @@ def _peer_jobs(bench, settings):
   )
   # As its users would: foolbox's loop round a jitted network.
   predict = lambda x: bench.network.predict(bench.variables, x)
+  precision = torch_networks.set_precision(cell.model.dtype)
   made = peers.jobs(problem, predict)
-  jobs = {name: peer.job for name, peer in made.items()}
-  against = {name: peer.against for name, peer in made.items()}
-  return jobs, against, {name: peer.unfair for name, peer in made.items()}
+  if problem.device != 'cpu':
+    made |= peers.rivals(problem)
+  return made, precision

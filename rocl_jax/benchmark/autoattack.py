@@ -31,6 +31,7 @@ class Problem(NamedTuple):
 
   Attributes:
     name: for people.
+    dtype: of the network, see `models.Settings`.
     forwards, variables: see `robustness.build`.
     torch_network: () -> a PyTorch module in evaluation mode, images NCHW.
     images: float32 [N, H, W, C] in [0, 1].
@@ -39,6 +40,7 @@ class Problem(NamedTuple):
   """
 
   name: str
+  dtype: str
   forwards: Forwards
   variables: Any
   torch_network: Callable[[], Any]
@@ -62,6 +64,7 @@ def measure(
     {
       'network': problem.name,
       'n': len(problem.labels),
+      'dtype': problem.dtype,
       'norm': asked.norm,
       'eps': asked.eps,
       'batch_size': asked.batch_size,
@@ -118,15 +121,19 @@ def _official(problem, asked, say) -> list[Row]:
   import torch
   from pyautoattack import AutoAttack as Official
 
+  from rocl_jax.benchmark import torch_networks
+
   norm = {'linf': 'Linf', 'l2': 'L2'}[asked.norm]
-  net = problem.torch_network()
+  device = torch_networks.device()
+  torch_networks.set_precision(problem.dtype)
+  net = problem.torch_network().to(device)
   # As its documentation says; the weights get no gradients, which is faster.
   net.requires_grad_(False)
-  images = torch.from_numpy(
-    np.ascontiguousarray(problem.images.transpose(0, 3, 1, 2))
+  images = torch_networks.images_of(problem.images, False).to(device)
+  labels = torch.from_numpy(problem.labels.astype(np.int64)).to(device)
+  attack = Official(
+    net, norm=norm, eps=asked.eps, seed=0, version='standard', device=device
   )
-  labels = torch.from_numpy(problem.labels.astype(np.int64))
-  attack = Official(net, norm=norm, eps=asked.eps, seed=0, version='standard')
   rows: list[Row] = []
   for name in ('apgd-ce', 'apgd-t', 'fab-t', 'square'):
     attack.attacks_to_run = [name]
@@ -135,7 +142,7 @@ def _official(problem, asked, say) -> list[Row]:
       _, taken = attack.run_standard_evaluation(
         images, labels, batch_size=asked.batch_size
       )
-      kept = taken == labels
+      kept = taken == labels  # the selection waits for the device
       images, labels = images[kept], labels[kept]
     rows.append((name, len(labels), time.perf_counter() - began))
     say(f'official, {name}: {rows[-1][1]} robust, {rows[-1][2]:.1f} s')
@@ -164,6 +171,7 @@ def _saved(asked: AutoAttack) -> Problem:
   return Problem(
     name=f'{network.settings.name} of width {network.settings.width}, '
     f'{model.name}',
+    dtype=network.settings.dtype,
     forwards=logits_functions(saved.network(network)),
     variables=visible(model.variables),
     torch_network=in_torch,
@@ -223,6 +231,7 @@ def _reference(asked: AutoAttack) -> Problem:
   }
   return Problem(
     name='the small network of the reference vectors',
+    dtype='float32',
     forwards=prepare,
     variables=variables,
     torch_network=lambda: _small_torch(arrays, layers),

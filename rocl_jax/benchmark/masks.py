@@ -48,13 +48,14 @@ def _measure_size(size, settings, peers, say):
   for name, function in functions.items():
     select = compiled.jit(function)
     results.append(np.asarray(select(scores)))
-    jobs[name] = functools.partial(_run, select, scores)
+    jobs[name] = timing.Job(functools.partial(select, scores))
   if not all(np.array_equal(results[0], other) for other in results[1:]):
     raise AssertionError(f'the masks of {size:,} scores differ')
   if peers:
     from rocl_jax.benchmark.peers import mask_by_sort
+    from rocl_jax.benchmark.torch_networks import device
 
-    jobs[PUBLISHED] = mask_by_sort(draw, keep)
+    jobs[PUBLISHED] = mask_by_sort(draw, keep, device())
   seconds = timing.interleave(jobs, settings.rounds, say)
   return {
     'size': size,
@@ -66,7 +67,3 @@ def _measure_size(size, settings, peers, say):
       if name != OURS
     },
   }
-
-
-def _run(select, scores):
-  return select(scores).block_until_ready()

@@ -10,23 +10,40 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from rocl_jax import figures, provenance
+from rocl_jax.benchmark.autotuning import Kept
 from rocl_jax.files import write_json, write_text
 
 Record = dict[str, Any]
 
 
 def write(
-  folder: epath.Path, section: str, records: list[Record], asked: str
+  folder: epath.Path,
+  section: str,
+  records: list[Record],
+  asked: str,
+  tuned: Kept | None = None,
 ) -> epath.Path:
   """Writes SECTION.json, .md and, for attacks, .png; returns the Markdown."""
   machine = describe_machine()
+  autotuning = tuned.counts() if tuned else None
   write_json(
     folder / f'{section}.json',
-    {'command': asked, 'machine': machine, 'records': records},
+    {
+      'command': asked,
+      'machine': machine,
+      'autotuning': autotuning,
+      'records': records,
+    },
   )
   lines = [f'# {section}', '', f'`python -m rocl_jax.benchmark {asked}`', '']
   versions = ', '.join(f'{k} {v}' for k, v in machine['versions'].items() if v)
   lines += [f'{machine["name"]}, {machine["cores"]} cores. {versions}.', '']
+  if autotuning:
+    lines += [
+      f'Compiled with {autotuning["kept"]} results of autotuning that earlier '
+      f'runs have kept, and {autotuning["new"]} new ones.',
+      '',
+    ]
   for record in records if section in ('attacks', 'roofline') else ():
     lines += _TABLES[section](record)
   if section not in ('attacks', 'roofline'):
@@ -118,8 +135,17 @@ def _attacks(record):
     )
   head = ['program', 'median ms', 'quartiles', 'a second', 'GFLOP/s']
   head += ['of peak', 'memory MiB', 'compile s']
-  lines = [f'## {_cell_name(record["cell"])}', '']
-  lines += [f'n = {record["rounds"]} rounds. Peak, GFLOP/s: {peaks}.', '']
+  turn = 'rows of calls' if record['calls_in_a_row'] else 'single calls'
+  facts = [f'n = {record["rounds"]} rounds of {turn}']
+  precision = record['precision']
+  facts += [f'Ours: {precision["ours"]}']
+  if 'peers' in precision:
+    facts += [f'PyTorch: {precision["peers"]}']
+  facts += [f'Peak of the same products, GFLOP/s: {peaks}']
+  if record['device_peak_bytes'] is not None:
+    held = record['device_peak_bytes'] / 2**20
+    facts += [f'Of the device JAX has held {held:,.0f} MiB at most so far']
+  lines = [f'## {_cell_name(record["cell"])}', '', '. '.join(facts) + '.', '']
   lines += _table(head, rows)
   head = ['this', 'against our', 'times as long', 'by minimum', 'quartiles']
   head += ['the comparison leans']
@@ -247,7 +273,8 @@ def _autoattack(records):
       f'## {r["network"]}',
       '',
       f'{r["n"]} images, {r["clean"]} of them right without attack; '
-      f'{r["norm"]} {r["eps"]:.5f}; batches of {r["batch_size"]}.',
+      f'{r["norm"]} {r["eps"]:.5f}; batches of {r["batch_size"]}; both '
+      f'{r["dtype"]}.',
       '',
       *_table(head, rows),
     ]

@@ -2,15 +2,17 @@
 
 Every peer gets the same network with the same weights (`torch_networks`), the
 same images, radius, step size and number of steps, and is called as its own
-documentation does; `jobs` says which way each comparison leans. Needs the
-extra [peers].
+documentation does, in the same precision and on the same device; `jobs` says
+which way each comparison leans. Needs the extra [peers].
 """
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -24,6 +26,7 @@ class Problem(NamedTuple):
   """What every job of a cell works on.
 
   Attributes:
+    device: PyTorch's, see `torch_networks.device`.
     settings: the network's.
     num_classes: of the head.
     variables: its weights.
@@ -33,6 +36,7 @@ class Problem(NamedTuple):
     temperature, beta: of NT-Xent and of TRADES.
   """
 
+  device: str
   settings: Settings
   num_classes: int
   variables: Variables
@@ -60,11 +64,27 @@ class Peer(NamedTuple):
   unfair: str
 
 
+Run = Callable[[], Any]  # starts a peer's work once
+
+
+def wait(result: Any) -> Any:
+  """For what PyTorch or JAX have queued."""
+  if torch.cuda.is_initialized():
+    torch.cuda.synchronize()
+  return jax.block_until_ready(result)
+
+
+def _peers(runs: dict[str, tuple[Run, str, str]]) -> dict[str, Peer]:
+  return {
+    name: Peer(Job(run, wait), against, unfair)
+    for name, (run, against, unfair) in runs.items()
+  }
+
+
 def jobs(problem: Problem, predict: Callable) -> dict[str, Peer]:
-  """All peers; `predict` is our network as a JAX function of images."""
+  """Others' code; `predict` is our network as a JAX function of images."""
   frozen = 'its loop was written for this comparison, with frozen weights'
   weights = 'it computes gradients of the weights too'
-  fixed = 'for it: no augmentation'
   attack = {
     'lean PyTorch': (lean(problem), f'for it: {frozen}'),
     'torchattacks': (
@@ -86,42 +106,93 @@ def jobs(problem: Problem, predict: Callable) -> dict[str, Peer]:
       f'against it: {weights}, as published',
     ),
   }
-  result = {
-    name: Peer(job, programs.PGD, unfair)
-    for name, (job, unfair) in attack.items()
-  }
   anew = 'against it: embeds the constant view in each step, as published'
-  result["RoCL's loop"] = Peer(rocl_loop(problem), programs.INSTANCE, anew)
-  result['published RoCL step'] = Peer(
-    rocl_step(problem), programs.ROCL, f'{anew}; {fixed}'
+  return _peers(
+    {
+      name: (run, programs.PGD, unfair)
+      for name, (run, unfair) in attack.items()
+    }
+    | {
+      "RoCL's loop": (rocl_loop(problem), programs.INSTANCE, anew),
+      'published RoCL step': (
+        rocl_step(problem),
+        programs.ROCL,
+        f'{anew}; {_FIXED}',
+      ),
+      'published TRADES step': (
+        trades_step(problem),
+        programs.TRADES,
+        'against it: clean logits in each attack step, and four training '
+        f'passes where two differ, as published; {_FIXED}',
+      ),
+    }
+    | {
+      f'plain PyTorch step, {layout}': (
+        plain_step(problem, layout == 'channels_last'),
+        programs.PLAIN,
+        _FIXED,
+      )
+      for layout in ('NCHW', 'channels_last')
+    }
   )
-  result['published TRADES step'] = Peer(
-    trades_step(problem),
-    programs.TRADES,
-    'against it: clean logits in each attack step, and four training passes '
-    f'where two differ, as published; {fixed}',
-  )
-  for layout in ('NCHW', 'channels_last'):
-    result[f'plain PyTorch step, {layout}'] = Peer(
-      plain_step(problem, layout == 'channels_last'), programs.PLAIN, fixed
-    )
-  return result
+
+
+_FIXED = 'for it: no augmentation'
+
+
+def rivals(problem: Problem) -> dict[str, Peer]:
+  """The fastest PyTorch that we can write for a GPU."""
+  torch.compiler.reset()  # what was compiled before counts against its limit
+  runs: dict[str, tuple[Run, str, str]] = {}
+  for how, mode in _MODES.items():
+    make = functools.partial(torch.compile, mode=mode) if mode else _eager
+    runs |= {
+      f'lean PyTorch, folded, {how}': (
+        lean(problem, folded=True, make=make),
+        programs.PGD,
+        'even: BatchNorm folded, as in ours',
+      ),
+      f'lean TRADES step, {how}': (
+        lean_trades_step(problem, make),
+        programs.TRADES,
+        _FIXED,
+      ),
+      f'plain PyTorch step, {how}': (
+        plain_step(problem, channels_last=True, make=make),
+        programs.PLAIN,
+        _FIXED,
+      ),
+    }
+  del runs['plain PyTorch step, eager']  # one of `jobs`
+  return _peers(runs)
+
+
+# Modes of `torch.compile`.
+_MODES = {
+  'eager': None,
+  'torch.compile': 'default',
+  'CUDA graphs': 'reduce-overhead',
+}
+
+
+def _eager(function):
+  return function
 
 
 def _network(problem: Problem, channels_last: bool, frozen: bool = False):
   net = torch_networks.network(
     problem.settings, problem.num_classes, problem.variables
   )
-  if channels_last:
-    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+  layout = torch_networks.layout(channels_last)
+  net = net.to(problem.device, memory_format=layout)
   return net.requires_grad_(not frozen)
 
 
 def _tensors(problem: Problem, channels_last: bool):
-  view = functools.partial(
-    torch_networks.images_of, channels_last=channels_last
+  view = lambda images: torch_networks.images_of(images, channels_last).to(
+    problem.device
   )
-  labels = torch.from_numpy(np.array(problem.labels)).long()
+  labels = torch.from_numpy(np.array(problem.labels)).long().to(problem.device)
   return view(problem.images), view(problem.second), labels
 
 
@@ -141,20 +212,26 @@ def _ascend(images, start, gradient, problem, clip_first=False):
   return x.detach()
 
 
-def lean(problem: Problem) -> Job:
-  """The leanest loop that we can write."""
+def lean(
+  problem: Problem, folded: bool = False, make: Callable = _eager
+) -> Run:
+  """The leanest loop that we can write; `make` compiles what it repeats."""
   net = _network(problem, channels_last=True, frozen=True)
+  net = torch_networks.fold(net) if folded else net
   images, _, labels = _tensors(problem, channels_last=True)
-
-  def gradient(x):
-    x.requires_grad_(True)
-    return torch.autograd.grad(F.cross_entropy(net(x), labels), x)[0]
+  loss = make(lambda x: F.cross_entropy(net(x), labels))
+  gradient = functools.partial(_gradient, loss)
 
   start = functools.partial(_uniform_start, images, problem.eps)
   return lambda: _ascend(images, start(), gradient, problem)
 
 
-def hydra_loop(problem: Problem) -> Job:
+def _gradient(loss, x):
+  x.requires_grad_(True)
+  return torch.autograd.grad(loss(x), x)[0]
+
+
+def hydra_loop(problem: Problem) -> Run:
   """HYDRA's evaluation attack: `backward()`, weights and all."""
   net = _network(problem, channels_last=False)
   images, _, labels = _tensors(problem, channels_last=False)
@@ -169,7 +246,7 @@ def hydra_loop(problem: Problem) -> Job:
   return lambda: _ascend(images, start(), gradient, problem)
 
 
-def torchattacks_pgd(problem: Problem, channels_last: bool = False) -> Job:
+def torchattacks_pgd(problem: Problem, channels_last: bool = False) -> Run:
   import torchattacks
 
   net = _network(problem, channels_last)
@@ -180,29 +257,23 @@ def torchattacks_pgd(problem: Problem, channels_last: bool = False) -> Job:
   return lambda: attack(images, labels)
 
 
-def foolbox_torch(problem: Problem) -> Job:
+def foolbox_torch(problem: Problem) -> Run:
   import foolbox
 
   net = _network(problem, channels_last=False)
   images, _, labels = _tensors(problem, channels_last=False)
-  model = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
+  model = foolbox.PyTorchModel(net, bounds=(0, 1), device=problem.device)
   return lambda: _foolbox(problem)(model, images, labels, epsilons=problem.eps)
 
 
-def foolbox_jax(problem: Problem, logits: Callable) -> Job:
+def foolbox_jax(problem: Problem, logits: Callable) -> Run:
   """With a jitted model, as users of foolbox's JAX backend write."""
   import foolbox
-  import jax
-  import jax.numpy as jnp
 
   images, labels = jnp.asarray(problem.images), jnp.asarray(problem.labels)
   model = foolbox.JAXModel(jax.jit(logits), bounds=(0, 1))
 
-  def run():
-    result = _foolbox(problem)(model, images, labels, epsilons=problem.eps)
-    return jax.block_until_ready(result)
-
-  return run
+  return lambda: _foolbox(problem)(model, images, labels, epsilons=problem.eps)
 
 
 def _foolbox(problem):
@@ -213,7 +284,7 @@ def _foolbox(problem):
   )
 
 
-def art(problem: Problem) -> Job:
+def art(problem: Problem) -> Run:
   """The adversarial-robustness-toolbox: NumPy in, NumPy out."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
@@ -228,7 +299,7 @@ def art(problem: Problem) -> Job:
     input_shape=tuple(images.shape[1:]),
     nb_classes=problem.num_classes,
     clip_values=(0, 1),
-    device_type='cpu',
+    device_type='cpu' if problem.device == 'cpu' else 'gpu',
   )
   attack = ProjectedGradientDescent(
     classifier,
@@ -240,7 +311,7 @@ def art(problem: Problem) -> Job:
     batch_size=len(images),
     verbose=False,
   )
-  x, y = images.numpy(), labels.numpy()
+  x, y = images.cpu().numpy(), labels.cpu().numpy()
   return lambda: attack.generate(x, y)
 
 
@@ -249,7 +320,7 @@ def _nt_xent(views, temperature):
   z = torch.cat(views)
   z = z / (z.norm(dim=1, keepdim=True) + 1e-8)
   exps = torch.exp(z @ z.detach().T / temperature)
-  exps = exps * (1 - torch.eye(len(z)))
+  exps = exps * (1 - torch.eye(len(z), device=z.device))
   n, ratios = len(views[0]), exps / (exps.sum(1, keepdim=True) + 1e-8)
   losses = [
     -torch.log(ratios[a * n : (a + 1) * n, k * n : (k + 1) * n].diag() + 1e-8)
@@ -274,13 +345,13 @@ def _rocl_attack(net, first, second, problem):
   return _ascend(first, start, gradient, problem, clip_first=True)
 
 
-def rocl_loop(problem: Problem) -> Job:
+def rocl_loop(problem: Problem) -> Run:
   net = _network(problem, channels_last=False)
   first, second, _ = _tensors(problem, channels_last=False)
   return lambda: _rocl_attack(net, first, second, problem)
 
 
-def rocl_step(problem: Problem) -> Job:
+def rocl_step(problem: Problem) -> Run:
   """Attack, two training-mode passes (pair, triple), SGD."""
   net = _network(problem, channels_last=False)
   first, second, _ = _tensors(problem, channels_last=False)
@@ -300,7 +371,7 @@ def rocl_step(problem: Problem) -> Job:
   return run
 
 
-def trades_step(problem: Problem) -> Job:
+def trades_step(problem: Problem) -> Run:
   """HYDRA's TRADES step: four training-mode passes, three with gradients."""
   net = _network(problem, channels_last=False)
   images, _, labels = _tensors(problem, channels_last=False)
@@ -330,14 +401,52 @@ def trades_step(problem: Problem) -> Job:
   return run
 
 
-def plain_step(problem: Problem, channels_last: bool) -> Job:
+def lean_trades_step(problem: Problem, make: Callable = _eager) -> Run:
+  """What ours does: BatchNorm folded for the attack and the clean logits, once
+  a step, and two training-mode passes."""
+  net = _network(problem, channels_last=True)
+  frozen = torch_networks.fold(net)
+  net.train()
+  images, _, labels = _tensors(problem, channels_last=True)
+  optimizer = _sgd(net)
+
+  def divergence(logits, target):
+    log_q = F.log_softmax(logits, dim=1)
+    return F.kl_div(log_q, target, reduction='sum')
+
+  def trades(x_adv):
+    logits = net(images)
+    robust = divergence(net(x_adv), F.softmax(logits, dim=1)) / len(images)
+    return F.cross_entropy(logits, labels) + problem.beta * robust
+
+  predict, loss = make(frozen), make(trades)
+  attacked = make(lambda x, clean: divergence(frozen(x), clean))
+
+  def run():
+    torch_networks.refold(frozen, net)
+    with torch.no_grad():
+      clean = F.softmax(predict(images), dim=1)
+    gradient = functools.partial(_gradient, lambda x: attacked(x, clean))
+    start = images + 0.001 * torch.randn_like(images)
+    x_adv = _ascend(images, start, gradient, problem)
+    optimizer.zero_grad()
+    loss(x_adv).backward()
+    optimizer.step()
+
+  return run
+
+
+def plain_step(
+  problem: Problem, channels_last: bool, make: Callable = _eager
+) -> Run:
   net = _network(problem, channels_last).train()
   images, _, labels = _tensors(problem, channels_last)
   optimizer = _sgd(net)
+  loss = make(lambda x: F.cross_entropy(net(x), labels))
 
   def run():
     optimizer.zero_grad()
-    F.cross_entropy(net(images), labels).backward()
+    loss(images).backward()
     optimizer.step()
 
   return run
@@ -350,9 +459,9 @@ def _sgd(net):
   )
 
 
-def mask_by_sort(scores: np.ndarray, keep: float) -> Job:
+def mask_by_sort(scores: np.ndarray, keep: float, device: str) -> Job:
   """HYDRA's `GetSubnet`: sort, then write zeros and ones."""
-  tensor = torch.from_numpy(np.asarray(scores))
+  tensor = torch.from_numpy(np.asarray(scores)).to(device)
 
   def run():
     out = tensor.abs()
@@ -363,4 +472,4 @@ def mask_by_sort(scores: np.ndarray, keep: float) -> Job:
     flat[order[dropped:]] = 1
     return flat
 
-  return run
+  return Job(run, wait)

@@ -6,7 +6,7 @@ data on the device and state donated: what a run executes.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -27,6 +27,7 @@ from rocl_jax import (
 )
 from rocl_jax.attacks import pgd
 from rocl_jax.benchmark import work
+from rocl_jax.benchmark.timing import Job
 from rocl_jax.models import Model, Variables
 from rocl_jax.stages import STAGES
 from rocl_jax.stages.supervised import Settings as Supervised
@@ -73,20 +74,24 @@ class Compiled(NamedTuple):
   """A program that is ready to run.
 
   Attributes:
-    run: executes it and waits.
-    compile_seconds: tracing and compiling, without any cache.
+    job: executes it.
+    compile_seconds: tracing and compiling, without a cache of programs.
     memory: bytes that a run holds at most, arguments and results included.
     program: what it does.
     work: FLOPs an image that it needs, by hand count.
     attack_steps: attack steps in a run if it is nothing but an attack, else 0.
   """
 
-  run: Callable[[], Any]
+  job: Job
   compile_seconds: float
   memory: int
   program: hlo.Program
   work: int
   attack_steps: int
+
+  def run(self) -> Any:
+    """Executes it once, and waits."""
+    return self.job.run()
 
 
 def _compile(jitted, arguments, work_per_image, attack_steps=0, carry=False):
@@ -98,14 +103,14 @@ def _compile(jitted, arguments, work_per_image, attack_steps=0, carry=False):
   memory = program.memory_analysis()
   held = list(arguments)
 
-  def run():
-    result = jax.block_until_ready(program(*held))
+  def dispatch():
+    result = program(*held)
     if carry:
       held[0] = result[0]
     return result
 
   return Compiled(
-    run=run,
+    job=Job(dispatch),
     compile_seconds=seconds,
     memory=(
       memory.argument_size_in_bytes

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from rocl_jax import hlo
 from rocl_jax.benchmark import attacks, programs
 from rocl_jax.benchmark.settings import Settings
@@ -15,7 +17,8 @@ def measure(
   records = []
   for cell in attacks.cells(settings):
     say(cell.name)
-    built = attacks.build(programs.bench(cell), settings, say)
+    bench = programs.bench(cell, jax.devices()[:1])
+    built = attacks.build(bench, settings, say)
     records.append(
       {
         'cell': cell._asdict() | {'model': vars(cell.model)},

@@ -37,7 +37,7 @@ def measure(
       step = programs.training_step(bench, 'supervised', section)
       compiled[kind, count] = (batch, step)
   jobs = {
-    f'{kind}, {count}': step.run
+    f'{kind}, {count}': step.job
     for (kind, count), (_, step) in compiled.items()
   }
   seconds = timing.interleave(jobs, settings.rounds, say)

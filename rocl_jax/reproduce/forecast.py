@@ -4,7 +4,6 @@ One training step is measured; all else follows from FLOPs counted by hand.
 """
 
 import math
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -129,13 +128,8 @@ def speed(experiment: Experiment, dataset: Dataset, path: epath.Path) -> float:
   if not (isinstance(rate, float) and 0 < rate < math.inf):
     say('measuring one training step')
     step = programs.training_step(programs.bench(cell), 'supervised', section)
-    step.run()
-    seconds = []
-    for _ in range(3):
-      begin = time.perf_counter()
-      step.run()
-      seconds.append(time.perf_counter() - begin)
-    rate = step.work * cell.batch / timing.summary(seconds).median
+    turns = timing.interleave({'step': step.job}, 3, lambda _: None)
+    rate = step.work * cell.batch / timing.summary(turns['step']).median
     known[where] = rate
     if files.exists(path.parent):  # a dry run makes no folder
       files.write_json(path, known)

@@ -51,14 +51,16 @@ def stage(model: Model, settings: Settings) -> Stage:
     return trainable | {'encoder': frozen['encoder']}
 
   def loss(params, batch_stats, batch, key):
-    images = augment.to_float(batch.images)
+    with jax.named_scope('views'):
+      images = augment.to_float(batch.images)
     variables = {'params': params, 'batch_stats': batch_stats}
     metrics = {}
     if settings.loss == 'adversarial':
-      frozen = model.prepare(variables)
-      found = settings.attack.attack(
-        lambda x: losses.cross_entropy(frozen(x), batch.labels), images, key
-      )
+      with jax.named_scope('attack'):
+        frozen = model.prepare(variables)
+        found = settings.attack.attack(
+          lambda x: losses.cross_entropy(frozen(x), batch.labels), images, key
+        )
       images, metrics = found.images, found.metrics
     images = jax.lax.stop_gradient(images)
     logits = model.predict(variables, images)

@@ -79,18 +79,19 @@ def stage(model: Model, settings: Settings) -> Stage:
 
   def loss(params, batch_stats, batch, key):
     first, second, attack_key = jax.random.split(key, 3)
-    view1 = augment.views(batch.images, first, settings.crop_scale)
-    view2 = augment.views(batch.images, second, settings.crop_scale)
+    with jax.named_scope('views'):
+      view1 = augment.views(batch.images, first, settings.crop_scale)
+      view2 = augment.views(batch.images, second, settings.crop_scale)
     variables = {'params': params, 'batch_stats': batch_stats}
 
-    frozen = model.prepare(variables)
-    # Once: no gradient reaches view 1 through it.
-    target = gathered(frozen(view2, 'projection'))
-    found = settings.attack.attack(
-      lambda x: local([frozen(x, 'projection'), target], settings.temperature),
-      view1,
-      attack_key,
-    )
+    with jax.named_scope('attack'):
+      frozen = model.prepare(variables)
+      # Once: no gradient reaches view 1 through it.
+      target = gathered(frozen(view2, 'projection'))
+      objective = lambda x: local(
+        [frozen(x, 'projection'), target], settings.temperature
+      )
+      found = settings.attack.attack(objective, view1, attack_key)
     x_adv = lax.stop_gradient(found.images)
 
     # Two training-mode passes, as published: the regulariser's first. Each
