@@ -269,10 +269,9 @@ def flops_of(
     return _convolution_flops(instruction, scope)
   if instruction.opcode == 'dot' or library(instruction) == 'cublas':
     return _dot_flops(instruction, scope)
-  called = _CALLED.findall(instruction.attributes)
   return sum(
     flops_of(program, inner, program.computations[name])
-    for name in called
+    for name in called(instruction)
     for inner in program.computations[name].values()
   )
 

@@ -23,6 +23,7 @@ from ml_collections.config_flags import config_flags
 from rocl_jax.errors import UserError
 from rocl_jax.plan.chips import Slice
 from rocl_jax.plan.output import MOST, Sheet, label, table
+from rocl_jax.profile import SCOPES
 from rocl_jax.progress import say
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -163,7 +164,8 @@ def _changes(one, two):
   sources = {}
   for i, step in enumerate((one, two)):
     for o in step['operations']:
-      key = o['name'], o['looped']
+      words = o['name'].split()  # the other commit may have no scopes
+      key = ' '.join(w for w in words if w not in SCOPES), o['looped']
       times[key][i] += 1e3 * o['seconds']
       sources[key] = o['source']
   ranked = sorted(times, key=lambda key: -abs(times[key][1] - times[key][0]))

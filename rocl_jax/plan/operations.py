@@ -19,7 +19,7 @@ class Operation(NamedTuple):
   """What a step executes, in all its executions: equal ones are one.
 
   Attributes:
-    name: of the layer, as far as it has one, and of JAX's primitive.
+    name: of the layer, or else of the innermost scope, and JAX's primitive.
     kind: XLA's opcode, the library's function or what a fusion has in it.
     result: types and shapes of what it makes, up to three.
     source: 'models.py:106 FrozenConvNorm.__call__', the innermost line of this
@@ -132,7 +132,7 @@ def _name(instruction):
   *path, primitive = found[1].split('/')
   scopes = [part for part in path if not _WRAPPING.match(part)]
   backward = ['backward'] if 'transpose(' in found[1] else []
-  return ' '.join([*scopes[-2:], primitive, *backward])
+  return ' '.join([*scopes[-1:], primitive, *backward])
 
 
 # What a fusion is of: the first of these that is in it.
@@ -166,10 +166,9 @@ def _relayout(program, instruction, scope):
 
 def _parts(program, instruction, scope):
   """An instruction, or those that a fusion is made of, each with its scope."""
-  called = re.search(r'calls=%?([\w.-]+)', instruction.attributes)
-  if instruction.opcode != 'fusion' or not called:
+  if instruction.opcode != 'fusion':
     return [(instruction, scope)]
-  inner = program.computations[called[1]]
+  inner = program.computations[hlo.called(instruction)[0]]
   return [x for i in inner.values() for x in _parts(program, i, inner)]
 
 
