@@ -1,10 +1,10 @@
 """Four CPU devices, so that sharding is tested where there is one machine.
 
 Programs that several tests compile, here or in processes of their own, are
-compiled once a session, without LLVM's optimisations and by XLA's older
-emitters, which take a fifth of the time; XLA's own passes are the same. Of
-several workers each has cores of its own: their threads would wait for each
-other's.
+compiled once a session. Here that is without LLVM's optimisations and by XLA's
+older emitters, which takes a fifth of the time; processes, which train longer,
+get LLVM's first level. XLA's own passes are the same. Of several workers each
+has cores of its own: their threads would wait for each other's.
 """
 
 import os
@@ -18,10 +18,11 @@ if _worker and hasattr(os, 'sched_setaffinity'):  # before JAX counts them
   ]
   os.sched_setaffinity(0, _mine or _cores)
 
+_FLAGS = os.environ.get('XLA_FLAGS', '')
 _QUICK = (
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}'.strip()
+os.environ['XLA_FLAGS'] = f'{_FLAGS} {_QUICK}'
 
 if not _worker:  # workers and processes inherit it
   _CACHE = tempfile.TemporaryDirectory(prefix='rocl_jax_tests')
@@ -33,6 +34,8 @@ import pytest  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
+jax.devices()  # which reads XLA_FLAGS
+os.environ['XLA_FLAGS'] = f'{_FLAGS} --xla_backend_optimization_level=1'
 
 # With several workers the long files first, so that none is left for the end.
 _LONG = (
