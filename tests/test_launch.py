@@ -576,6 +576,7 @@ def resumed(text):
   return [x for x in text.splitlines() if 'resumed at step' in x]
 
 
+@pytest.mark.slow  # a story of minutes
 def test_a_preempted_slice_is_recreated_and_the_run_goes_on(
   environment, calls, tmp_path, uninterrupted
 ):

@@ -645,6 +645,7 @@ def test_an_evaluation_takes_what_it_needs(url, bucket, machine):
       evaluate._local_folders([f'{url}/5_none/model'], settings, mirrors)
 
 
+@pytest.mark.slow  # a story of minutes
 def test_a_run_goes_on_on_another_machine(tmp_path, url, bucket):
   """Stopped by SIGTERM, it ends as one that was never stopped, to the bit."""
   environment = os.environ | {

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -194,7 +195,8 @@ def test_the_first_process_that_dies_is_named(environment):
     assert said  # Gloo's
   first.kill()
   (status, errors), _ = end([second, first], timeout=20)
-  assert status == 3 and 'process 0 on ' in errors and 'has gone' in errors
+  # Its host is named if it had time to say it.
+  assert status == 3 and re.search('process 0 (on .*)?has gone', errors)
 
 
 def test_processes_that_disagree_are_told(start, tmp_path):

@@ -180,6 +180,7 @@ def call(*arguments, status=0):
 TINY = '--config=tests/paper_tiny.py'
 
 
+@pytest.mark.slow  # a story of minutes
 def test_one_command_runs_what_is_missing(tmp_path):
   options = [TINY, '--tables=1', '--autoattack=0', f'--workdir={tmp_path}']
   done = call(*options)

@@ -49,6 +49,7 @@ def results(path, process):
   return [json.loads(line) for line in lines if line.startswith('{')]
 
 
+@pytest.mark.slow  # a story of minutes
 def test_chance_is_the_same_everywhere(tmp_path):
   address = f'127.0.0.1:{free_port()}'
   jobs = [('1,8', 'draws')]
