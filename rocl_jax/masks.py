@@ -39,7 +39,7 @@ def topk_masks(scores: Flat, keep: float) -> Flat:
   # Non-negative floats order as their bit patterns do.
   bits = {
     path: lax.bitcast_convert_type(
-      jnp.abs(s).astype(jnp.float32).reshape(-1), jnp.uint32
+      jnp.abs(s).astype(jnp.float32).reshape(-1), jnp.int32
     )
     for path, s in scores.items()
   }
@@ -75,13 +75,13 @@ def topk_mask(scores: jax.Array, keep: float) -> jax.Array:
 
 
 def _by_sorting(bits: Flat, counts: dict[str, int]) -> Flat:
-  """Marks the `counts` largest of each uint32 [N], the earlier of equal ones.
+  """Marks the `counts` largest of each int32 [N], the earlier of equal ones.
 
   For GPUs, where each pass of `_by_counting` is a kernel or two.
   """
 
   def mark(bits, count):
-    position = lax.iota(jnp.uint32, bits.size)
+    position = lax.iota(jnp.int32, bits.size)
     keys, places = lax.sort((~bits, position), num_keys=1, is_stable=True)
     return _marked(bits, ~keys[count - 1], places[count - 1] + 1)
 
@@ -97,7 +97,7 @@ def _by_counting(
   where the ties end.
 
   Args:
-    bits: {path: uint32 [N]}, each below 2**31.
+    bits: {path: int32 [N]}, each below 2**31.
     shares: the same, as they are to be counted: where each device has a part
       of them, it counts that part. Zeros may follow.
     counts: {path: how many to mark}.
@@ -116,7 +116,7 @@ def _by_counting(
   }
 
   def room(path, end):
-    before = lax.iota(jnp.uint32, ties[path].size) < end
+    before = lax.iota(jnp.int32, ties[path].size) < end
     return (ties[path] & before).sum() <= spare[path]
 
   lengths = {path: b.size.bit_length() for path, b in bits.items()}
@@ -128,7 +128,7 @@ def _by_counting(
 
 def _marked(bits, threshold, end):
   """What is above the threshold, and what equals it before position `end`."""
-  position = lax.iota(jnp.uint32, bits.size)
+  position = lax.iota(jnp.int32, bits.size)
   return (bits > threshold) | ((bits == threshold) & (position < end))
 
 
@@ -142,17 +142,20 @@ def _search(
   passes = -(-max(lengths.values()) // digit)
 
   def body(i, low):
-    shift = jnp.uint32(digit * (passes - 1 - i))
+    shift = jnp.int32(digit * (passes - 1 - i))
+
+    def reached(path, candidate):  # below 0 it has overflown
+      return ((candidate > 0) & holds(path, candidate)).astype(jnp.int32)
+
     found = {
       path: sum(
-        holds(path, x | jnp.uint32(d) << shift).astype(jnp.uint32)
-        for d in range(1, 2**digit)
+        reached(path, x | jnp.int32(d) << shift) for d in range(1, 2**digit)
       )
       for path, x in low.items()
     }
     return {path: x | found[path] << shift for path, x in low.items()}
 
-  zeros = dict.fromkeys(lengths, jnp.uint32(0))
+  zeros = dict.fromkeys(lengths, jnp.int32(0))
   return lax.fori_loop(0, passes, body, zeros)
 
 

@@ -119,7 +119,7 @@ def test_an_attack_alone_breaks_as_many(name, reference, images, logits_fn):
   assert (result.robust != official).mean() <= 2 * allowed
 
 
-@pytest.mark.parametrize('n', [32, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [16, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_standard_suite_breaks_as_many(n, reference, images, logits_fn):
   """Fates are those of each image alone: the first of them tell as well."""
   result = autoattack(
