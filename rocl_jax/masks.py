@@ -45,7 +45,10 @@ def topk_masks(scores: Flat, keep: float) -> Flat:
   }
   largest = lax.platform_dependent(
     bits,
-    cpu=lambda bits: _by_counting(bits, bits, counts, digit=1),
+    cpu=lambda bits: {  # layer by layer: each in as few passes as it takes
+      path: _by_counting({path: b}, {path: b}, counts, digit=1)[path]
+      for path, b in bits.items()
+    },
     tpu=lambda bits: _by_counting(
       bits, jax.tree.map(spread, bits), counts, digit=4
     ),
