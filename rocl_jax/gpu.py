@@ -60,7 +60,7 @@ def options() -> Options:
   path = cache_folder() / f'gpu-{digest}.json'
   try:
     return CHOICES[json.loads(path.read_text())['choice']]
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError):
     pass
   say("measuring which of XLA's options are fast on this GPU, once")
   tried = _tried([sys.executable, '-m', 'rocl_jax.gpu'], _LIMIT)
@@ -88,7 +88,7 @@ def choice(tried: list[Record]) -> str:
     for t in tried
     if abs(t['strength'] - plain['strength']) <= 0.01 * abs(plain['strength'])
   ]
-  best = min(alike, key=lambda t: t['seconds'])
+  best = min(alike, key=lambda t: t['seconds'], default=plain)
   return best['name'] if best['seconds'] < _GAIN * plain['seconds'] else PLAIN
 
 
@@ -102,7 +102,9 @@ def _tried(command: list[str], limit: float) -> list[Record]:
     printed = done.stdout
   except subprocess.TimeoutExpired as e:
     printed = e.stdout or b''
-  return [json.loads(line) for line in printed.splitlines() if line[:1] == b'{']
+  return [
+    json.loads(line) for line in printed.splitlines() if line.endswith(b'}')
+  ]
 
 
 def _try(

@@ -169,7 +169,8 @@ def _relu_backward(y, cotangent):
 
 def _masked_by_product(y, gradient):
   """The gradient where y > 0, else 0, in the form that cuDNN's convolutions
-  can take in: the factor makes 1 or more of each positive float."""
+  can take in: the factor makes 1 or more of each positive float but subnormal
+  ones. Where y is 0, a gradient that is not finite becomes NaN, not 0."""
   factor = 1 / jnp.finfo(y.dtype).tiny
   return gradient * jnp.minimum(y * factor, jnp.ones((), y.dtype))
 

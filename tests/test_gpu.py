@@ -29,6 +29,7 @@ def tried(**seconds_and_strength):
     (tried(n0=(1.0, 2.3), n1=(0.99, 2.3)), 0),  # not worth it
     (tried(n0=(1.0, 2.3), n3=(0.5, 1.9)), 0),  # a weaker attack
     (tried(n0=(1.0, 2.3), n3=(0.5, float('nan'))), 0),
+    (tried(n0=(1.0, float('nan')), n3=(0.5, 2.3)), 0),
   ],
 )
 def test_the_fastest_that_is_as_strong_is_chosen(found, wanted):
@@ -38,7 +39,7 @@ def test_the_fastest_that_is_as_strong_is_chosen(found, wanted):
 @pytest.mark.parametrize('ending', ['import time; time.sleep(60)', 'exit(-9)'])
 def test_what_hangs_or_crashes_costs_itself_alone(ending):
   line = json.dumps(tried(n0=(1.0, 2.3))[0])
-  script = f'print({line!r}, flush=True); {ending}'
+  script = f'print({line!r}); print("{{", end="", flush=True); {ending}'
   assert gpu._tried([sys.executable, '-c', script], 3) == tried(n0=(1.0, 2.3))
 
 
@@ -54,6 +55,11 @@ def test_a_choice_is_measured_once(tmp_path, monkeypatch):
     gpu.options.cache_clear()
     assert gpu.options() == gpu.CHOICES[NAMES[1]]
   assert len(calls) == 1
+  (kept,) = (tmp_path / 'new').iterdir()
+  kept.write_text('[]')  # damaged: measured again
+  gpu.options.cache_clear()
+  assert gpu.options() == gpu.CHOICES[NAMES[1]]
+  assert len(calls) == 2
   monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_command_buffer=')
   gpu.options.cache_clear()
   assert gpu.options() == {}
